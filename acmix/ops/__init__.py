@@ -1,0 +1,6 @@
+"""Arithmetic of the ACmix block on tensors: sliding-window attention and the folded shift convolution."""
+
+from acmix.ops.local_attention import local_attention
+from acmix.ops.shift_conv import shift_conv
+
+__all__ = ["local_attention", "shift_conv"]

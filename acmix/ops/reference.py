@@ -1,0 +1,85 @@
+"""Both operations of the ACmix block in plain eager torch, for any floating-point dtype: the specification.
+
+Every fast implementation is tested against this file in float64. It follows the paper (section 4) literally, without
+the identities that the fast implementations use, and favours reading over speed.
+
+Shape legend: B batch, N heads, d head width, H x W map, K window, s stride, Ho = ceil(H / s), Wo = ceil(W / s).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def positions(height: int, width: int, like: Tensor) -> Tensor:
+    """The position of every pixel as (x, y) in [-1, 1]: shape (2, H, W), in float32 or in float64 where `like` is."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    x = torch.linspace(-1.0, 1.0, width, dtype=dtype, device=like.device)
+    y = torch.linspace(-1.0, 1.0, height, dtype=dtype, device=like.device)
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
+
+
+def _window(maps: Tensor, kernel_size: int, stride: int, dilation: int) -> Iterator[Tensor]:
+    """Yield the K² members of every query's window, row by row: views (..., Ho, Wo) of one reflection-padded map."""
+    height, width = maps.shape[-2:]
+    pad = dilation * (kernel_size // 2)
+    flat = maps.reshape(-1, 1, height, width)
+    padded = F.pad(flat, (pad, pad, pad, pad), mode="reflect").unflatten(0, maps.shape[:-2]).squeeze(-3)
+    for dy in range(0, kernel_size * dilation, dilation):
+        for dx in range(0, kernel_size * dilation, dilation):
+            yield padded[..., dy : dy + height : stride, dx : dx + width : stride]
+
+
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
+) -> Tensor:
+    """Sliding-window attention with reflection padding and linear relative positions; see the public operation.
+
+    Products are taken in the dtype of q, k and v and summed in float32 (float64 for float64); positions and
+    the softmax are in float32 or better. The K² members of a window are visited one by one:
+    logits are kept, copies of k and v are not.
+    """
+    head_dim = position_weight.shape[0]
+    q, k, v = (maps.unflatten(1, (-1, head_dim)) for maps in (q, k, v))  # (B, N, d, H, W)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    p = positions(q.shape[-2], q.shape[-1], like=q)
+    query = q[..., ::stride, ::stride] * head_dim**-0.5  # (B, N, d, Ho, Wo)
+    query_position = p[:, ::stride, ::stride]
+    # q_i · P (p_i - p_j) = (Pᵀ q_i) · (p_i - p_j): a 2-vector per query and head
+    slope = torch.einsum("bndyx,dp->bnpyx", query.to(wide), position_weight.to(wide))
+
+    logits = []
+    steps = zip(_window(k, kernel_size, stride, dilation), _window(p, kernel_size, stride, dilation), strict=True)
+    for key, key_position in steps:
+        content = (query * key).sum(2, dtype=wide)
+        logits.append(content + (slope * (query_position - key_position)).sum(2))
+    attention = torch.stack(logits, 2).softmax(2).to(v.dtype)  # (B, N, K², Ho, Wo)
+
+    out = torch.zeros(query.shape, dtype=wide, device=q.device)
+    for weight, value in zip(attention.unbind(2), _window(v, kernel_size, stride, dilation), strict=True):
+        out = out + weight.unsqueeze(2) * value
+    return out.to(v.dtype).flatten(1, 2)
+
+
+def shift_conv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fc_weight: Tensor,
+    shift_weight: Tensor,
+    fc_bias: Tensor | None,
+    bias: Tensor | None,
+    stride: int,
+    dilation: int,
+) -> Tensor:
+    """Fully connected layer over the map index, then a grouped convolution that shifts and sums."""
+    kernel = shift_weight.shape[-1]
+    heads = fc_weight.shape[1] // 3
+    maps = torch.cat([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1)  # (B, 3N, d, H, W)
+    mixed = torch.einsum("bmdyx,im->bdiyx", maps, fc_weight)
+    if fc_bias is not None:
+        mixed = mixed + fc_bias[:, None, None]
+    padding = dilation * (kernel // 2)
+    return F.conv2d(mixed.flatten(1, 2), shift_weight, bias, stride, padding, dilation, groups=maps.shape[2])
