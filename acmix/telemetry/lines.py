@@ -1,0 +1,66 @@
+"""How the rows of a run read on a terminal or in a job's output."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from acmix.telemetry.paths import PathRow
+
+Row = Mapping[str, Any]
+
+_TRAIN: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("loss", lambda x: f"loss {x:.4f}"),
+    ("lr", lambda x: f"lr {x:.3g}"),
+    ("grad_norm", lambda x: f"grad {x:.3g}"),
+    ("images_per_second", lambda x: f"{x:,.0f} images/s" if x >= 10 else f"{x:.2f} images/s"),
+    ("data_wait", lambda x: f"waits for data {x:.0%}"),
+    ("memory_gib", lambda x: f"{x:.2f} GiB"),
+    ("eta_seconds", lambda x: f"ETA {timedelta(seconds=round(x))}"),
+)
+
+
+def start_lines(run_dir: Path, step: int) -> list[str]:
+    """Where the results go, and from which update a resumed run continues."""
+    resumed = [f"Continuing after update {step}"] if step else []
+    return [f"Results go to {run_dir} (metrics.jsonl, tensorboard/, checkpoints/)", *resumed]
+
+
+def train_line(row: Row) -> str:
+    """Progress of training in one line."""
+    return "  ".join([_where(row), *(text(float(row[key])) for key, text in _TRAIN if row.get(key) is not None)])
+
+
+def eval_line(row: Row) -> str:
+    """An evaluation in one line."""
+    accuracy = f"top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %"
+    return f"{_where(row)}  evaluation: {accuracy}  loss {float(row['loss']):.4f}  ({row['count']:,} images)"
+
+
+def paths_line(step: int, layers: Sequence[PathRow]) -> str:
+    """The stage means of alpha and beta in one line."""
+    stages: dict[int, list[PathRow]] = defaultdict(list)
+    for layer in layers:
+        stages[layer["stage"]].append(layer)
+    means = (
+        f"stage {stage} {_mean(rows, 'alpha'):.3f}/{_mean(rows, 'beta'):.3f}" for stage, rows in sorted(stages.items())
+    )
+    return f"step {step}  alpha/beta: " + "  ".join(means)
+
+
+def end_line(run_dir: Path, row: Row) -> str:
+    """How the run ended, and where its results are."""
+    status = row.get("status", "done")
+    took = timedelta(seconds=round(row["seconds"]))
+    return f"{str(status).capitalize()} at step {row['step']} after {took}. Results are in {run_dir}"
+
+
+def _where(row: Row) -> str:
+    epoch = f"epoch {row['epoch']}" + (f"/{row['epochs']}" if "epochs" in row else "")
+    step = f"step {row['step']}" + (f"/{row['steps']}" if "steps" in row else "")
+    return f"{epoch}  {step}"
+
+
+def _mean(rows: Sequence[PathRow], path: str) -> float:
+    return sum(row["alpha"] if path == "alpha" else row["beta"] for row in rows) / len(rows)

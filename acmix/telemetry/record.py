@@ -1,0 +1,132 @@
+"""`metrics.jsonl`, the record of a run: one JSON object a line, appended whole, cut back atomically on resume."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from acmix.errors import UserError
+
+Row = dict[str, Any]
+
+
+class Record:
+    """Appends rows to a JSON-lines file that survives kills, full disks and resumes.
+
+    Args:
+        path: the file.
+        keep_step: rows of later steps, `end` rows and unreadable lines are removed when the file is opened.
+
+    Raises UserError when the file cannot be opened or rewritten.
+    """
+
+    def __init__(self, path: Path, *, keep_step: int) -> None:
+        self.path = path
+        self.keep_step = keep_step
+        self._pending = b""
+        self._failing = False
+        self._inherited: set[tuple[str, int]] = set()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut()
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - stays open for the life of the run
+        except OSError as error:
+            reason = f"{error.strerror}; make it writable or choose another run.dir"
+            raise UserError(f"cannot write {path}: {reason}") from None
+
+    def write(self, row: Mapping[str, Any]) -> Row | None:
+        """Append a row, stamped with the time; returns it as written, or None if a row kept on resume says it already.
+
+        A run resumed at step S logs the path weights of S again, as at every start; the record has them once.
+        """
+        if row["event"] != "start" and (row["event"], row["step"]) in self._inherited:
+            return None
+        plain: Row = {"event": row["event"], "time": round(time.time(), 3), **_plain(row)}
+        self._pending += json.dumps(plain, allow_nan=False).encode() + b"\n"
+        self._flush()
+        return plain
+
+    def rows(self) -> Iterator[Row]:
+        """Every readable row on file, oldest first; a line torn by a kill or a bad disk is passed over."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            for line in file:
+                row = _parse(line)
+                if row is not None:
+                    yield row
+
+    def sync(self) -> None:
+        """Force all rows to the disk; UserError when some cannot be written."""
+        self._flush()
+        if self._pending:
+            raise UserError(f"cannot write {self.path}: {len(self._pending)} bytes of log rows wait; free disk space")
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write what is pending and close the file."""
+        if not self._file.closed:
+            self._flush()
+            self._file.close()
+
+    def _flush(self) -> None:
+        """Append the pending rows, or leave the file as it was: half a line would swallow the next one."""
+        if not self._pending:
+            return
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(self._pending)
+            if written != len(self._pending):  # a short write: the disk is full, or nearly
+                self._file.truncate(before)
+                raise OSError(0, "no space left on the device")
+        except OSError as error:
+            if not self._failing:
+                message = f"cannot write {self.path}: {error.strerror}; rows wait in memory"
+                print(f"warning: {message}", file=sys.stderr, flush=True)
+            self._failing = True
+            return
+        self._pending, self._failing = b"", False
+
+    def _cut(self) -> None:
+        """Rewrite the file without what a resumed run is about to do again."""
+        if not self.path.exists():
+            return
+        keep = [row for row in self.rows() if row["event"] != "end" and row["step"] <= self.keep_step]
+        self._inherited = {(row["event"], row["step"]) for row in keep}
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in keep)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    sound = isinstance(row, dict) and isinstance(row.get("event"), str) and isinstance(row.get("step"), int)
+    return row if sound and line.endswith(b"\n") else None
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types. A float that is not finite becomes "nan", "inf" or "-inf", which `float()` reads back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if hasattr(value, "item"):  # tensors and numpy scalars
+        return _plain(value.item())
+    return str(value)

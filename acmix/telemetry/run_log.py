@@ -1,0 +1,125 @@
+"""A run's log behind one call: lines on stdout, `metrics.jsonl` and TensorBoard.
+
+`metrics.jsonl` is the record; TensorBoard is a view of it, rebuilt from the record when a run is resumed. So the two
+never disagree, a value is there once for each tag and step, and whatever a kill tore from an event file comes back.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from acmix.telemetry.board import Board
+from acmix.telemetry.lines import end_line, eval_line, paths_line, start_lines, train_line
+from acmix.telemetry.paths import PathRow
+from acmix.telemetry.record import Record
+
+Item = TypeVar("Item")
+Row = Mapping[str, Any]
+
+
+class RunLog:
+    """Writes what happens in a run; on processes other than the first (`enabled=False`) every method does nothing.
+
+    Args:
+        run_dir: the run folder; created if it is missing.
+        enabled: whether this process writes.
+        resume_step: the update the run continues from. Rows of later steps, the `end` row and a line torn by a kill are
+            taken out of the record first, atomically. None, like 0, starts over: nothing an earlier attempt left stays.
+
+    A row is written whole with a single call to the operating system, so a kill loses none that a method returned
+    from. When the disk is full, rows wait in memory, a warning says so once, and each later row tries again.
+
+    Raises UserError when the run folder cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, *, enabled: bool = True, resume_step: int | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self.enabled = enabled
+        self._step = resume_step or 0
+        self._started = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        if enabled:
+            self._record = Record(self.run_dir / "metrics.jsonl", keep_step=self._step)
+            self._board = Board(self.run_dir / "tensorboard", self._record)
+
+    def start(self, info: Row) -> None:
+        """The first row of a process: config, versions, git revision, parameters, device; says where results go."""
+        if self.enabled:
+            self._write("start", {"step": self._step, "resumed_from": self._step or None, **info})
+            self.line(*start_lines(self.run_dir, self._step))
+
+    def train(self, row: Row) -> None:
+        """Progress of training: `step`, `epoch`, `loss`, `lr`, `images_per_second` and, where measured, `grad_norm`,
+        `data_wait` (share of the time, 0 to 1), `memory_gib`, `eta_seconds`, and the totals `epochs` and `steps`."""
+        if self.enabled:
+            self._write("train", row)
+            self.line(train_line(row))
+
+    def eval(self, row: Row) -> None:
+        """An evaluation: `step`, `epoch`, `loss`, `top1` and `top5` in percent, `count` of images."""
+        if self.enabled:
+            self._write("eval", row)
+            self.line(eval_line(row))
+
+    def paths(self, step: int, layers: Sequence[PathRow], *, echo: bool = False) -> None:
+        """Alpha and beta of every block (`path_layers(model)`); with `echo` also the stage means on stdout."""
+        if self.enabled and layers:
+            self._write("paths", {"step": step, "layers": list(layers)})
+            if echo:
+                self.line(paths_line(step, layers))
+
+    def event(self, name: str, row: Row) -> None:
+        """Any other event worth a row, such as updates or images that were skipped; needs `step`."""
+        if self.enabled:
+            self._write(name, row)
+
+    def end(self, row: Row) -> None:
+        """The last row of a process: `step`, why it ended and the best result; says where results are."""
+        if self.enabled:
+            row = {"seconds": round(time.monotonic() - self._started, 1), **row}
+            self._write("end", row)
+            self.line(end_line(self.run_dir, row))
+
+    def line(self, *texts: str) -> None:
+        """Plain lines on stdout, above the progress bar if there is one."""
+        if self.enabled:
+            for text in texts:
+                if self._bar is None:
+                    print(text, flush=True)
+                else:
+                    self._bar.write(text, file=sys.stdout)
+
+    def progress(self, items: Iterable[Item], *, total: int, initial: int = 0, description: str = "") -> Iterable[Item]:
+        """Pass `items` on, under a tqdm bar if stdout is a terminal; elsewhere the plain lines are the progress."""
+        if not (self.enabled and sys.stdout.isatty()):
+            yield from items
+            return
+        with tqdm(items, desc=description, total=total, initial=initial, file=sys.stdout, leave=False) as bar:
+            self._bar = bar
+            try:
+                yield from bar
+            finally:
+                self._bar = None
+
+    def sync(self) -> None:
+        """Force the record to the disk, so that no checkpoint is ever newer than its log: call it before each save.
+
+        Raises UserError naming the file when rows cannot be written.
+        """
+        if self.enabled:
+            self._record.sync()
+
+    def close(self) -> None:
+        """Write what is pending and close the files; may be called more than once."""
+        if self.enabled:
+            self._board.close()
+            self._record.close()
+
+    def _write(self, event: str, row: Row) -> None:
+        written = self._record.write({"event": event, **row})
+        if written is not None:
+            self._board.show(written)
