@@ -12,7 +12,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
 
-from acmix.telemetry.record import Record, Row
+from acmix.telemetry.record import Record, Row, read_rows
 
 _NOT_CURVES = {"event", "time", "step", "epoch", "epochs", "steps", "count"}
 
@@ -60,7 +60,7 @@ class Board:
         if not old:
             return False
         writer = FileWriter(str(workshop))
-        for row in record.rows():
+        for row in read_rows(record.path):
             _add(writer, row)
         writer.close()
         (new,) = workshop.iterdir()

@@ -50,16 +50,6 @@ class Record:
         self._flush()
         return plain
 
-    def rows(self) -> Iterator[Row]:
-        """Every readable row on file, oldest first; a line torn by a kill or a bad disk is passed over."""
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as file:
-            for line in file:
-                row = _parse(line)
-                if row is not None:
-                    yield row
-
     def sync(self) -> None:
         """Force all rows to the disk; UserError when some cannot be written."""
         self._flush()
@@ -95,7 +85,7 @@ class Record:
         """Rewrite the file without what a resumed run is about to do again."""
         if not self.path.exists():
             return
-        keep = [row for row in self.rows() if row["event"] != "end" and row["step"] <= self.keep_step]
+        keep = [row for row in read_rows(self.path) if row["event"] != "end" and row["step"] <= self.keep_step]
         self._inherited = {(row["event"], row["step"]) for row in keep}
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
@@ -106,6 +96,16 @@ class Record:
             os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Every readable row of a record, oldest first; a line torn by a kill or a bad disk is passed over."""
+    if path.exists():
+        with open(path, "rb") as file:
+            for line in file:
+                row = _parse(line)
+                if row is not None:
+                    yield row
 
 
 def _parse(line: bytes) -> Row | None:
