@@ -1,0 +1,8 @@
+"""The parts of an ACmix network as modules: the block, its two paths and their mix."""
+
+from acmix.layers.attention import AttentionPath, LocalAttention, WindowAttention
+from acmix.layers.block import ACmix
+from acmix.layers.convolution import ShiftConv
+from acmix.layers.mix import PathMix
+
+__all__ = ["ACmix", "AttentionPath", "LocalAttention", "PathMix", "ShiftConv", "WindowAttention"]

@@ -1,0 +1,208 @@
+"""The attention paths of an ACmix block: the sliding window of the ResNets and the shifted window of Swin.
+
+A path takes q, k and v maps (B, N * d, H, W) with channels (head, head_dim) and gives a map. SAN's patchwise and
+PVT's global attention belong here as further subclasses of AttentionPath.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmix.ops import local_attention
+
+
+class AttentionPath(nn.Module):
+    """Base of the attention paths: a subclass writes `attend`, and `proj` if its output is projected.
+
+    Args:
+        heads: N.
+        head_dim: d.
+        project: Whether a linear layer follows the attention, as in transformers.
+    """
+
+    def __init__(self, heads: int, head_dim: int, *, project: bool = False) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.proj = nn.Linear(heads * head_dim, heads * head_dim) if project else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention itself, before any projection: maps in, a map out."""
+        raise NotImplementedError
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The block's input as this path needs it: a path that tiles the map pads it with zeros below and right."""
+        return x
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, gain: Tensor | float = 1.0, onto: Tensor | None = None
+    ) -> Tensor:
+        """onto + gain · projected attention.
+
+        Args:
+            q, k, v: Maps (B, N * d, H, W).
+            gain: Scalar that multiplies the path.
+            onto: Map to add to, of the output's shape or smaller (padding is cut off); it may be overwritten.
+        """
+        attended = self.attend(q, k, v)
+        if onto is not None:
+            attended = attended[..., : onto.shape[-2], : onto.shape[-1]]
+        if self.proj is not None:
+            return self._project(attended, gain, onto)
+        if onto is None:
+            return attended if isinstance(gain, float) and gain == 1.0 else attended * gain
+        if isinstance(gain, float):
+            return torch.add(onto, attended, alpha=gain)
+        # the scalar takes the maps' dtype: autocast would widen the whole product to float32 for its sake
+        return torch.addcmul(onto, attended, gain.to(attended.dtype))
+
+    def _project(self, attended: Tensor, gain: Tensor | float, onto: Tensor | None) -> Tensor:
+        assert self.proj is not None
+        out = F.linear(attended.permute(0, 2, 3, 1), gain * self.proj.weight, gain * self.proj.bias)
+        out = out.permute(0, 3, 1, 2)
+        return out if onto is None else out + onto
+
+
+class LocalAttention(AttentionPath):
+    """Sliding-window attention with linear relative positions (paper section 4, the ResNet version).
+
+    Args:
+        heads: N.
+        head_dim: d.
+        kernel_size: Window K, odd.
+        stride: Queries are every stride-th pixel.
+        dilation: Spacing of the window's members.
+        impl: Implementation of `acmix.ops.local_attention`.
+
+    Raises:
+        ValueError: for an even kernel size; at the call, for a map not larger than dilation * (K // 2).
+    """
+
+    def __init__(
+        self, heads: int, head_dim: int, kernel_size: int = 7, stride: int = 1, dilation: int = 1, *, impl: str = "auto"
+    ) -> None:
+        super().__init__(heads, head_dim)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_att {kernel_size} has no centre pixel: choose an odd size, such as 7")
+        self.kernel_size, self.stride, self.dilation, self.impl = kernel_size, stride, dilation, impl
+        # No bias: it cancels in e_i - e_j, and an unused parameter would stop DistributedDataParallel.
+        self.position_weight = nn.Parameter(torch.empty(head_dim, 2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the position weight uniformly, as a 1×1 convolution over the two coordinates would be."""
+        nn.init.uniform_(self.position_weight, -1 / math.sqrt(2), 1 / math.sqrt(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return local_attention(
+            q, k, v, self.position_weight, self.kernel_size, self.stride, self.impl, dilation=self.dilation
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.heads}, head_dim={self.head_dim}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"dilation={self.dilation}, impl={self.impl}"
+        )
+
+
+class WindowAttention(AttentionPath):
+    """Swin's window attention with relative position bias and output projection (paper section 4, the Swin version).
+
+    The map is taken as already shifted: `shift` only says which pixels of a window were not neighbours before.
+
+    Args:
+        heads: N.
+        head_dim: d.
+        window_size: (height, width) of a window.
+        shift: (rows, columns) by which the map was rolled up and left; (0, 0) for plain windows.
+        resolution: (H, W) to prepare the shift mask for; for another size it is made at the call.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        window_size: tuple[int, int] = (7, 7),
+        shift: tuple[int, int] = (0, 0),
+        resolution: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(heads, head_dim, project=True)
+        self.window_size, self.shift = window_size, shift
+        rows, columns = window_size
+        table = torch.empty((2 * rows - 1) * (2 * columns - 1), heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+        self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
+        padded = None if resolution is None else self._padded(*resolution)
+        self.register_buffer("shift_mask", padded and self._make_mask(*padded), persistent=False)
+        self.mask_resolution = padded
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the bias table from a normal distribution of standard deviation 0.02, as Swin does."""
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def pad(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        rows, columns = self._padded(height, width)
+        return x if (rows, columns) == (height, width) else F.pad(x, (0, columns - width, 0, rows - height))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        height, width = q.shape[-2:]
+        bias = self.bias(height, width)
+        q, k, v = (self._to_windows(m, len(bias)) for m in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1).to(q.dtype))
+        return self._from_windows(out, height, width)
+
+    def bias(self, height: int, width: int) -> Tensor:
+        """Relative position bias and shift mask in one: (windows of an H × W map or 1, N, area, area)."""
+        area = self.window_size[0] * self.window_size[1]
+        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        bias = bias.view(area, area, self.heads).permute(2, 0, 1)[None]
+        if not any(self.shift):
+            return bias
+        mask = self.shift_mask
+        if self.mask_resolution != (height, width):
+            mask = self._make_mask(height, width).to(bias)
+        return bias + mask
+
+    def _padded(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self.window_size
+        return math.ceil(height / rows) * rows, math.ceil(width / columns) * columns
+
+    def _to_windows(self, maps: Tensor, groups: int) -> Tensor:
+        """(B, N * d, H, W) to (B * windows / groups, groups * N, area, d)."""
+        rows, columns = self.window_size
+        batch, _, height, width = maps.shape
+        x = maps.permute(0, 2, 3, 1)
+        x = x.unflatten(3, (self.heads, self.head_dim)).unflatten(2, (-1, columns)).unflatten(1, (-1, rows))
+        x = x.permute(0, 1, 3, 5, 2, 4, 6)  # (B, H / rows, W / columns, N, rows, columns, d)
+        return x.reshape(-1, groups * self.heads, rows * columns, self.head_dim)
+
+    def _from_windows(self, windows: Tensor, height: int, width: int) -> Tensor:
+        """Undo `_to_windows`: (B, N * d, H, W), a channels_last view."""
+        rows, columns = self.window_size
+        x = windows.view(-1, height // rows, width // columns, self.heads, rows, columns, self.head_dim)
+        return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, self.heads * self.head_dim).permute(0, 3, 1, 2)
+
+    def _make_mask(self, height: int, width: int) -> Tensor:
+        """-100 between pixels of a window that the roll brought together from different regions, else 0."""
+        regions = torch.zeros(1, 1, height, width)
+        for dim, (size, window, shift) in enumerate(
+            zip((height, width), self.window_size, self.shift, strict=True), start=2
+        ):
+            index = torch.arange(size).view([-1 if d == dim else 1 for d in range(4)])
+            regions = regions * 3 + (index >= size - window).float() + (index >= size - shift).float()
+        rows, columns = self.window_size
+        cells = F.unfold(regions, self.window_size, stride=self.window_size)[0].t()  # (windows, area)
+        return torch.where(cells[:, None] == cells[:, :, None], 0.0, -100.0)[:, None]
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, head_dim={self.head_dim}, window_size={self.window_size}, shift={self.shift}"
+
+
+def relative_position_index(window_size: tuple[int, int]) -> Tensor:
+    """Row of the bias table for every pair of pixels of a window: (area, area)."""
+    rows, columns = window_size
+    y, x = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+    return (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)

@@ -1,0 +1,95 @@
+"""The ACmix block: one set of projections, two paths, one mix."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmix.layers.attention import AttentionPath, LocalAttention
+from acmix.layers.convolution import ShiftConv
+from acmix.layers.mix import PathMix
+
+
+class ACmix(nn.Module):
+    """Self-attention and convolution over one set of 1×1 projections (paper section 4).
+
+    Args:
+        in_channels: Channels of the input map.
+        out_channels: Channels of the output map, N * d.
+        heads: N.
+        kernel_att: Window of the local attention, odd.
+        kernel_conv: Kernel of the convolution path, odd.
+        stride: Of both paths.
+        dilation: Of both paths.
+        mix: Mode of `PathMix`. A path that the mode leaves out is not built.
+        shift: Kind of `ShiftConv`.
+        attention: The attention path; None builds `LocalAttention` from the arguments above.
+        conv_bias: Whether the convolution path's fully connected layer has a bias (Swin has one).
+        impl: Implementation of local attention; `reference` holds for the convolution path too, which otherwise
+            chooses for itself.
+
+    Raises:
+        ValueError: if heads do not divide out_channels, a kernel is even, or mix or shift is unknown; at the call, for
+            a map too small for the window.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        heads: int = 4,
+        kernel_att: int = 7,
+        kernel_conv: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        mix: str = "learned",
+        shift: str = "learned",
+        attention: AttentionPath | None = None,
+        conv_bias: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if heads < 1 or out_channels % heads:
+            raise ValueError(
+                f"{out_channels} channels do not divide into {heads} heads: choose a multiple of {heads} channels, "
+                f"or a number of heads that divides {out_channels}"
+            )
+        if stride < 1 or dilation < 1:
+            raise ValueError(f"stride and dilation must be at least 1, got stride {stride} and dilation {dilation}")
+        head_dim = out_channels // heads
+        self.in_channels, self.out_channels, self.heads, self.stride = in_channels, out_channels, heads, stride
+        self.mix = PathMix(mix)
+        self.qkv = nn.Linear(in_channels, 3 * out_channels)  # rows: q, k, v, each (head, head_dim)
+        self.attention: AttentionPath | None = None
+        self.convolution: ShiftConv | None = None
+        if self.mix.has_attention:
+            self.attention = attention or LocalAttention(heads, head_dim, kernel_att, stride, dilation, impl=impl)
+        if self.mix.has_convolution:
+            conv_impl = "reference" if impl == "reference" else "auto"
+            self.convolution = ShiftConv(
+                heads, head_dim, kernel_conv, stride, dilation, kind=shift, bias=conv_bias, impl=conv_impl
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)), any memory format."""
+        height, width = x.shape[-2:]
+        if self.attention is not None:
+            x = self.attention.pad(x)
+        q, k, v = self._project(x).chunk(3, 1)
+        alpha, beta = self.mix.weights()
+        if self.convolution is None:
+            assert self.attention is not None
+            out = self.attention(q, k, v, gain=alpha)
+            return out[..., : math.ceil(height / self.stride), : math.ceil(width / self.stride)]
+        # The weights go into the small matrices at the end of each path, and the second path adds to the first: the
+        # maps are never read again just to be scaled and summed.
+        maps = (m[..., :height, :width] for m in (q, k, v))
+        convolved = self.convolution(*maps, gain=beta)
+        return convolved if self.attention is None else self.attention(q, k, v, gain=alpha, onto=convolved)
+
+    def _project(self, x: Tensor) -> Tensor:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.conv2d(x, self.qkv.weight[:, :, None, None], self.qkv.bias)

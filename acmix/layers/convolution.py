@@ -1,0 +1,141 @@
+"""ShiftConv: the convolution path, a mix of the 3N maps followed by shift and sum."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmix.ops import shift_conv
+
+KINDS = ("shift", "fixed", "random", "learned", "full")
+
+
+class ShiftConv(nn.Module):
+    """The convolution path of ACmix (paper sections 3.2 and 4, figure 4).
+
+    q, k and v are 3N maps of width d. A fully connected layer over the map index makes k² maps of them; each is
+    shifted to its place in a k × k kernel and all are summed, once for each of the N heads of the output.
+
+    Args:
+        heads: N.
+        head_dim: d.
+        kernel_size: k, odd.
+        stride, dilation: of the convolution; the padding is dilation * (k // 2), with zeros.
+        kind: How the maps are shifted and summed:
+            `shift`: tensor shifts, no kernel at all;
+            `fixed`: a grouped convolution whose kernels are the k² one-hot shifts, not trained;
+            `random`: the same convolution, trained from a random kernel;
+            `learned`: the same convolution, trained from the one-hot shifts (the paper's choice);
+            `full`: no fully connected layer; one trained grouped convolution straight from the 3N maps to the N.
+        bias: Whether the fully connected layer has a bias (it has in Swin, not in ResNet; `full` has none).
+        impl: Implementation of `acmix.ops.shift_conv`.
+
+    Raises:
+        ValueError: for an unknown kind or an even kernel size.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        kind: str = "learned",
+        bias: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"unknown shift {kind!r}: choose one of {', '.join(KINDS)}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_conv {kernel_size} has no centre: choose an odd size, such as 3")
+        self.heads, self.head_dim, self.kernel_size = heads, head_dim, kernel_size
+        self.stride, self.dilation = stride, dilation
+        self.kind, self.impl = kind, impl
+        taps, channels = kernel_size**2, heads * head_dim
+        if kind == "full":
+            self.weight = nn.Parameter(torch.empty(channels, 3 * heads, kernel_size, kernel_size))
+        else:
+            self.fc_weight = nn.Parameter(torch.empty(taps, 3 * heads))
+            self.fc_bias = nn.Parameter(torch.empty(taps)) if bias else None
+        if kind in ("random", "learned"):
+            self.shift_weight = nn.Parameter(torch.empty(channels, taps, kernel_size, kernel_size))
+        elif kind == "fixed":
+            self.register_buffer("shift_weight", one_hot_shifts(channels, kernel_size), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the fully connected layer anew; kernels to the one-hot shifts, or to random ones where so chosen."""
+        if self.kind == "full":
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            return
+        nn.init.kaiming_uniform_(self.fc_weight, a=math.sqrt(5))
+        if self.fc_bias is not None:
+            bound = 1 / math.sqrt(self.fc_weight.shape[1])
+            nn.init.uniform_(self.fc_bias, -bound, bound)
+        if self.kind == "random":
+            nn.init.kaiming_uniform_(self.shift_weight, a=math.sqrt(5))
+        elif self.kind == "learned":
+            with torch.no_grad():
+                self.shift_weight.copy_(one_hot_shifts(len(self.shift_weight), self.kernel_size))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """gain · convolution path.
+
+        Args:
+            q, k, v: Maps (B, N * d, H, W), channels (head, head_dim).
+            gain: Scalar that multiplies the result; applied to the small fully connected layer, the path being linear.
+
+        Returns:
+            (B, N * d, ceil(H / stride), ceil(W / stride)), channels (head_dim, head).
+        """
+        if self.kind == "full":
+            return self._convolve(q, k, v, gain * self.weight)
+        fc_weight = gain * self.fc_weight
+        fc_bias = None if self.fc_bias is None else gain * self.fc_bias
+        if self.kind == "shift":
+            return self._shift(q, k, v, fc_weight, fc_bias)
+        return shift_conv(
+            q,
+            k,
+            v,
+            fc_weight,
+            self.shift_weight,
+            fc_bias=fc_bias,
+            stride=self.stride,
+            dilation=self.dilation,
+            impl=self.impl,
+        )
+
+    def _convolve(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        maps = torch.cat([m.unflatten(1, (self.heads, self.head_dim)) for m in (q, k, v)], 1)  # (B, 3N, d, H, W)
+        maps = maps.transpose(1, 2).flatten(1, 2)
+        padding = self.dilation * (self.kernel_size // 2)
+        return F.conv2d(maps, weight, None, self.stride, padding, self.dilation, groups=self.head_dim)
+
+    def _shift(self, q: Tensor, k: Tensor, v: Tensor, fc_weight: Tensor, fc_bias: Tensor | None) -> Tensor:
+        height, width = q.shape[-2:]
+        pad = self.dilation * (self.kernel_size // 2)
+        maps = torch.cat([m.unflatten(1, (self.heads, self.head_dim)) for m in (q, k, v)], 1)  # (B, 3N, d, H, W)
+        mixed = F.linear(maps.movedim(1, -1), fc_weight, fc_bias).movedim(-1, 1)  # (B, k², d, H, W)
+        mixed = F.pad(mixed, (pad, pad, pad, pad))
+        out = mixed.new_zeros(())
+        for tap, shifted in enumerate(mixed.unbind(1)):
+            dy, dx = (self.dilation * step for step in divmod(tap, self.kernel_size))
+            out = out + shifted[..., dy : dy + height : self.stride, dx : dx + width : self.stride]
+        return out.repeat_interleave(self.heads, 1)  # every head gets the same sum, as from one-hot kernels
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.heads}, head_dim={self.head_dim}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"dilation={self.dilation}, kind={self.kind}"
+        )
+
+
+def one_hot_shifts(channels: int, kernel_size: int) -> Tensor:
+    """The k² one-hot kernels, one per tap, for each output channel: (channels, k², k, k)."""
+    taps = kernel_size**2
+    return torch.eye(taps).view(taps, kernel_size, kernel_size).repeat(channels, 1, 1, 1)
