@@ -80,6 +80,15 @@ class CheckpointStore:
         self._saves = 0
         clean_leftovers(self.folder)
 
+    def reserve(self, snapshot: Snapshot) -> None:
+        """Get the host memory for copies of such a snapshot now, in the background; the first save then costs no more.
+
+        To be called once, when the optimiser has its state (after the first update). Does nothing if background is off.
+        """
+        if self.background:
+            self.wait()
+            self._start(self._buffers.reserve(snapshot))
+
     def save(self, snapshot: Snapshot, *, best: bool) -> None:
         """Save a snapshot as `step_XXXXXXXX`, point `last` (and `best`) at it, and prune.
 
@@ -96,9 +105,7 @@ class CheckpointStore:
             self._write_and_note_errors(copied, progress, best, number)
 
         if self.background:
-            # Not a daemon: the interpreter waits for it at exit, so a save that was begun is finished.
-            self._thread = threading.Thread(target=work, name="checkpoint-save")
-            self._thread.start()
+            self._start(work)
         else:
             work()
             self.poll()
@@ -140,6 +147,11 @@ class CheckpointStore:
         if later and (self.folder / step_name(step)).is_dir():
             replace_link(self.folder / "last", step_name(step))
             sync_folder(self.folder)
+
+    def _start(self, work: Callable[[], None]) -> None:
+        # Not a daemon: the interpreter waits for it at exit, so a save that was begun is finished.
+        self._thread = threading.Thread(target=work, name="checkpoint-save")
+        self._thread.start()
 
     def _write_and_note_errors(self, snapshot: Snapshot, progress: bytes, best: bool, number: int) -> None:
         try:
