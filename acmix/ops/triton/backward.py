@@ -5,6 +5,8 @@ writes dq and delta = sum(dO * O); the second owns keys, streams the queries tha
 share of the position gradient, dP = -sum_j dk_j p_j^T, for the host to sum. Every element has one writer.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -19,12 +21,12 @@ def _query_gradient_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
     grad_sb, grad_sc, grad_sy, grad_sx, q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx,
     out_sb, out_sc, out_sy, out_sx, dq_sb, dq_sc, dq_sy, dq_sx,
-    heads, height, width, out_height, out_width, tiles_y, tiles_x, step_y, step_x, to_log2, from_log2,
+    heads, height, width, out_height, out_width, step_y, step_x, to_log2, from_log2,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, REACH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, head, tile_y, tile_x = locate(heads, tiles_y, tiles_x, TILE_H, TILE_W)
+    image, head, tile_y, tile_x = locate(heads, TILE_H, TILE_W)
     query = tl.arange(0, TILE_H * TILE_W)
     out_y, out_x = tile_y + query % TILE_H, tile_x + query // TILE_H
     owned = (out_y < out_height) & (out_x < out_width)
@@ -92,12 +94,12 @@ def _key_gradient_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, d_position_ptr,
     grad_sb, grad_sc, grad_sy, grad_sx, q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx,
     dk_sb, dk_sc, dk_sy, dk_sx, dv_sb, dv_sc, dv_sy, dv_sx,
-    heads, height, width, out_height, out_width, tiles_y, tiles_x, step_y, step_x, to_log2, from_log2,
+    heads, height, width, out_height, out_width, step_y, step_x, to_log2, from_log2,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, REACH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, head, tile_y, tile_x = locate(heads, tiles_y, tiles_x, TILE_H, TILE_W)
+    image, head, tile_y, tile_x = locate(heads, TILE_H, TILE_W)
     key = tl.arange(0, TILE_H * TILE_W)
     key_y, key_x = tile_y + key % TILE_H, tile_x + key // TILE_H
     channel = tl.arange(0, D)
@@ -155,14 +157,15 @@ def _key_gradient_kernel(
     tl.store(dk_ptr + dk_at, dk.to(dk_ptr.dtype.element_ty), mask=mine)
     tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=mine)
     dk = tl.where(mine, dk, 0.0)
-    d_position_ptr += tl.program_id(0).to(tl.int64) * (2 * D)
+    program = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    d_position_ptr += program * (2 * D)
     tl.store(d_position_ptr + 2 * channel, -tl.sum(dk * key_px[:, None], 0))
     tl.store(d_position_ptr + 2 * channel + 1, -tl.sum(dk * key_py[:, None], 0))
 
 
 def _query_gradient(problem: Problem, maps: tuple[Tensor, ...], position_weight: Tensor, out: Tensor, lse: Tensor):
     """dq in the layout of q, and delta (B, N, Ho, Wo)."""
-    grad, q, k, v = maps
+    q = maps[1]
     dq = empty_like_layout(q, problem.height, problem.width)
     if problem.stride > 1:
         dq.zero_()  # the kernel visits queries only
@@ -178,7 +181,7 @@ def _key_gradient(problem: Problem, maps: tuple[Tensor, ...], position_weight: T
     _, q, k, v = maps
     dk, dv = (empty_like_layout(m, problem.height, problem.width) for m in (k, v))
     arguments = problem.arguments(problem.key_tile(), (problem.height, problem.width), *maps, dk, dv)
-    shares = torch.empty((arguments["grid_size"], arguments["D"], 2), dtype=torch.float32, device=q.device)
+    shares = torch.empty((math.prod(arguments["grid"]), arguments["D"], 2), dtype=torch.float32, device=q.device)
     strides = [step for tensor in (*maps, dk, dv) for step in tensor.stride()]
     launch(_key_gradient_kernel, arguments, *maps, position_weight, lse, delta, dk, dv, shares, *strides)
     return dk, dv, shares.sum(0)[: problem.head_dim]

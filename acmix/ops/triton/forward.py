@@ -21,12 +21,12 @@ from acmix.ops.triton.window import LN2, dot, locate, log2_count, pixel_offsets
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, lse_ptr,
     q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx, out_sb, out_sc, out_sy, out_sx,
-    heads, height, width, out_height, out_width, tiles_y, tiles_x, step_y, step_x, to_log2, from_log2,
+    heads, height, width, out_height, out_width, step_y, step_x, to_log2, from_log2,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, REACH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, head, tile_y, tile_x = locate(heads, tiles_y, tiles_x, TILE_H, TILE_W)
+    image, head, tile_y, tile_x = locate(heads, TILE_H, TILE_W)
     # Rows of the tile run fastest: the queries one thread holds then share a map row, and with it the row term below.
     query = tl.arange(0, TILE_H * TILE_W)
     out_y, out_x = tile_y + query % TILE_H, tile_x + query // TILE_H

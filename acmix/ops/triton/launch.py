@@ -72,14 +72,12 @@ class Problem:
         """The keyword arguments that all kernels take alike: sizes, constants of the maths, compile-time choices."""
         tiles_y, tiles_x = -(-tiled[0] // tile.height), -(-tiled[1] // tile.width)
         return {
-            "grid_size": self.batch * self.heads * tiles_y * tiles_x,
+            "grid": (tiles_x * self.heads, tiles_y, self.batch),
             "heads": self.heads,
             "height": self.height,
             "width": self.width,
             "out_height": self.out_height,
             "out_width": self.out_width,
-            "tiles_y": tiles_y,
-            "tiles_x": tiles_x,
             "step_y": 2.0 / max(self.height - 1, 1),
             "step_x": 2.0 / max(self.width - 1, 1),
             "to_log2": self.scale * math.log2(math.e),
@@ -102,12 +100,12 @@ class Problem:
 
 def launch(kernel: Any, arguments: dict[str, Any], *pointers_and_strides: Any) -> None:
     """Run `kernel` with one program per tile, head and image."""
-    kernel[(arguments.pop("grid_size"),)](*pointers_and_strides, **arguments)
+    kernel[arguments.pop("grid")](*pointers_and_strides, **arguments)
 
 
 def _needs_64_bits(maps: Tensor) -> bool:
     """Whether an offset inside one image can leave the range of int32, padding of the last tile included."""
-    return sum((size + 64) * abs(stride) for size, stride in zip(maps.shape[1:], maps.stride()[1:])) >= 2**31
+    return sum((size + 64) * abs(stride) for size, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True)) >= 2**31
 
 
 def empty_like_layout(maps: Tensor, height: int, width: int) -> Tensor:

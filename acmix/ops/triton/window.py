@@ -21,31 +21,31 @@ def log2_count(query, key, length, REACH: tl.constexpr, DILATION: tl.constexpr):
     over the real pixels with this term added to the logits is attention over the reflection-padded ones.
     -inf where the window never meets the pixel or the pixel lies outside the map. `REACH` < `length`.
     """
-    direct = tl.abs(key - query)
-    low = key + query
-    high = 2 * (length - 1) - low
-    seen = ((direct <= REACH) & (key < length)).to(tl.int32)
-    mirrored_low = (key > 0) & (low <= REACH)
-    mirrored_high = (key < length - 1) & (high <= REACH)
+    # Everything that depends on one pixel alone stays a row or a column: only five operations are done per pair.
+    far = 4 * length + 4 * REACH
+    from_low = tl.where(key > 0, key, far) <= REACH - query
+    from_high = tl.where(key < length - 1, key, -far) >= 2 * (length - 1) - REACH - query
+    direct = tl.abs(tl.where(key < length, key, far) - query) <= REACH
     if DILATION > 1:
-        seen = seen & (direct % DILATION == 0).to(tl.int32)
-        mirrored_low = mirrored_low & (low % DILATION == 0)
-        mirrored_high = mirrored_high & (high % DILATION == 0)
-    count = seen + mirrored_low.to(tl.int32) + mirrored_high.to(tl.int32)
-    return tl.where(count == 0, NEVER, tl.where(count == 1, 0.0, tl.where(count == 2, 1.0, LOG2_3)))
+        from_low = from_low & ((key + query) % DILATION == 0)
+        from_high = from_high & ((2 * (length - 1) - key - query) % DILATION == 0)
+        direct = direct & (tl.abs(key - query) % DILATION == 0)
+        count = direct.to(tl.int32) + from_low.to(tl.int32) + from_high.to(tl.int32)
+        return tl.where(count == 0, NEVER, tl.where(count == 1, 0.0, tl.where(count == 2, 1.0, LOG2_3)))
+    # Without dilation a mirrored pixel is always seen directly too.
+    mirrored = tl.where(from_low & from_high, LOG2_3, tl.where(from_low | from_high, 1.0, 0.0))
+    return tl.where(direct, mirrored, NEVER)
 
 
 @triton.jit
-def locate(heads, tiles_y, tiles_x, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """(image, head, first row, first column) of this program's tile.
+def locate(heads, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """(image, head, first row, first column) of this program's tile; the grid is (tiles_x * heads, tiles_y, batch).
 
     Heads run fastest: with channels_last the heads of a pixel share a cache line, so they should run together.
     """
-    program = tl.program_id(0)
-    head = program % heads
-    tile = program // heads % (tiles_y * tiles_x)
-    image = program // (heads * tiles_y * tiles_x)
-    return image.to(tl.int64), head.to(tl.int64), tile // tiles_x * TILE_H, tile % tiles_x * TILE_W
+    tile_x = tl.program_id(0) // heads
+    head = tl.program_id(0) - tile_x * heads
+    return tl.program_id(2).to(tl.int64), head.to(tl.int64), tl.program_id(1) * TILE_H, tile_x * TILE_W
 
 
 @triton.jit
