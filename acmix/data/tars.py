@@ -1,0 +1,195 @@
+"""Images in tar files, read in place: plain tars with class folders, and WebDataset shards.
+
+timm reads shards as a stream, whose order cannot be replayed from the middle of an epoch, and scans tars with
+neither check nor random access by offset. Here every member is checked and indexed once, and an image is one
+positioned read, which is safe in any number of loader processes.
+"""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from acmix.data.folders import TextTable, is_image_name
+from acmix.data.images import MAX_FILE_BYTES, BadImage, decode_image
+from acmix.errors import UserError
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: its name, and where its bytes are in the outer file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class TarSource:
+    """Images of several tar files with their classes."""
+
+    def __init__(self, tars: Sequence[Path], members: Sequence[tuple[int, Member]], labels: Sequence[str]) -> None:
+        self.classes = sorted(set(labels), key=_number_or_text)
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.targets = np.asarray([index[label] for label in labels], dtype=np.int64)
+        self._tars = [str(tar) for tar in tars]
+        self._names = TextTable([member.name for _, member in members])
+        self._places = np.asarray([(tar, member.offset, member.size) for tar, member in members], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """Decoded RGB image and class index. Raises BadImage."""
+        tar, offset, size = (int(value) for value in self._places[index])
+        if size > MAX_FILE_BYTES:
+            raise BadImage("bomb", f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
+        return decode_image(_read_at(self._tars[tar], offset, size)), int(self.targets[index])
+
+    def describe(self, index: int) -> str:
+        """Tar, member and class, for messages."""
+        tar = self._tars[self._places[index, 0]]
+        return f"{tar}: {self._names[index]} (class {self.classes[self.targets[index]]})"
+
+
+def tar_source(root: Path, split: str) -> TarSource:
+    """`ROOT/SPLIT.tar`, or the tars in `ROOT/SPLIT/`; the class is an image's folder, at the top the tar's name.
+
+    Raises UserError naming what is missing, a damaged tar, or a member that is refused.
+    """
+    tars = _find_tars(root, split)
+    members: list[tuple[int, Member]] = []
+    labels: list[str] = []
+    for number, tar in enumerate(tars):
+        for member in sorted(index_tar(tar), key=lambda member: member.name):
+            if is_image_name(PurePosixPath(member.name).name):
+                members.append((number, member))
+                labels.append(PurePosixPath(member.name).parent.name or tar.stem)
+    if not members:
+        raise UserError(f"{_some(tars)}: no images inside")
+    return TarSource(tars, members, labels)
+
+
+def shard_source(root: Path, split: str) -> TarSource:
+    """WebDataset shards `ROOT/SPLIT*.tar` or `ROOT/SPLIT/*.tar`: each KEY.jpg with its class in KEY.cls.
+
+    Raises UserError naming what is missing, a damaged shard, a member that is refused, an image without class.
+    """
+    tars = _find_tars(root, split)
+    members: list[tuple[int, Member]] = []
+    labels: list[str] = []
+    for number, tar in enumerate(tars):
+        samples: dict[str, dict[str, Member]] = {}
+        for member in index_tar(tar):
+            folder, _, name = member.name.rpartition("/")
+            key, _, extension = name.partition(".")  # WebDataset's rule: the key ends at the first dot
+            samples.setdefault(f"{folder}/{key}", {})[extension.lower()] = member
+        for key, files in samples.items():
+            image = next((file for extension, file in files.items() if is_image_name("x." + extension)), None)
+            if image is not None:
+                members.append((number, image))
+                labels.append(_shard_label(tar, key, files))
+    if not members:
+        raise UserError(f"{_some(tars)}: no images inside")
+    return TarSource(tars, members, labels)
+
+
+def index_tar(path: Path) -> list[Member]:
+    """All regular files of a tar, of tars inside it too.
+
+    Raises UserError naming a damaged tar, or a member that could reach outside when extracted: an absolute
+    name, a name with `..`, a link, a device.
+    """
+    try:
+        with open(path, "rb") as file:
+            return list(_members(file, path, "", 0))
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{path}: not a readable tar file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _members(file: object, path: Path, inside: str, start: int) -> Iterator[Member]:
+    with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
+        for info in tar:
+            where = f"{path}: member {inside}{info.name}"
+            parts = PurePosixPath(info.name.replace("\\", "/")).parts
+            if info.name.startswith(("/", "\\")) or ".." in parts:
+                raise UserError(f"{where}: refused, the name climbs out of the archive")
+            if info.issym() or info.islnk():
+                raise UserError(f"{where}: refused, it is a link (to {info.linkname})")
+            if info.isdir():
+                continue
+            if not info.isfile() or info.issparse():
+                raise UserError(f"{where}: refused, it is not a plain file")
+            if info.name.lower().endswith(".tar") and not inside:
+                yield from _members(tar.extractfile(info), path, f"{info.name}/", info.offset_data)
+            else:
+                yield Member(_nested_name(inside, info.name), start + info.offset_data, info.size)
+
+
+def _nested_name(inside: str, name: str) -> str:
+    return str(PurePosixPath(inside.removesuffix(".tar/")) / name) if inside else str(PurePosixPath(name))
+
+
+def _find_tars(root: Path, split: str) -> list[Path]:
+    if not root.exists():
+        raise UserError(f"{root}: no such folder; set data.root to the folder that holds the tar files")
+    if root.is_file():
+        return [root]
+    if (root / f"{split.removesuffix('.tar')}.tar").is_file():
+        return [root / f"{split.removesuffix('.tar')}.tar"]
+    found = sorted((root / split).glob("*.tar")) or sorted(root.glob(f"{split}*.tar"))
+    if not found:
+        raise UserError(
+            f"{root}: neither {split}.tar, {split}*.tar nor {split}/*.tar; set data.train_split or val_split"
+        )
+    return found
+
+
+def _shard_label(tar: Path, key: str, files: dict[str, Member]) -> str:
+    if "cls" in files:
+        text = _small_text(tar, files["cls"]).strip()
+        if text:
+            return text
+    if "json" in files:
+        try:
+            values = json.loads(_small_text(tar, files["json"]))
+        except ValueError:
+            values = None
+        if isinstance(values, dict) and isinstance(values.get("label"), int | str):
+            return str(values["label"])
+    raise UserError(f"{tar}: sample {key.lstrip('/')}: no class; each image needs KEY.cls, or KEY.json with `label`")
+
+
+def _small_text(tar: Path, member: Member) -> str:
+    try:
+        return _read_at(str(tar), member.offset, min(member.size, 1 << 20)).decode("utf-8", "replace")
+    except BadImage as error:
+        raise UserError(f"{tar}: member {member.name}: {error.reason}") from None
+
+
+def _read_at(path: str, offset: int, size: int) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise BadImage("unreadable", f"{path}: {error.strerror}") from None
+    if len(data) < size:
+        raise BadImage("truncated", f"{path} ends before the member does")
+    return data
+
+
+def _number_or_text(label: str) -> tuple[bool, int, str]:
+    return (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
+
+
+def _some(tars: Sequence[Path]) -> str:
+    return ", ".join(str(tar) for tar in tars[:5]) + (f" and {len(tars) - 5} more" if len(tars) > 5 else "")

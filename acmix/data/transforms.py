@@ -1,0 +1,106 @@
+"""Augmentation for training, resize and crop for validation, mixing of batches: timm's and torchvision's."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from timm.data import Mixup
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
+from torchvision import transforms
+
+from acmix.config import AugmentConfig, Config
+from acmix.data.datasets import Statistics
+from acmix.errors import UserError
+
+Transform = Callable[[Image.Image], torch.Tensor]
+"""RGB image of any size → (3, S, S) float32, normalised."""
+
+_UNCROPPED_SIZE = 64  # up to here images are small ones at their own size, of which validation sees all
+
+
+def build_train_transform(config: Config, statistics: Statistics) -> Transform:
+    """Crop, flip, colour, normalise and erase as the `augment` section says.
+
+    Random numbers come from the global generators of Python, numpy and torch. Raises UserError for a policy
+    that timm does not understand.
+    """
+    augment = config.augment
+    steps = _crop(config)
+    if augment.hflip:
+        steps.append(transforms.RandomHorizontalFlip(augment.hflip))
+    if augment.auto_augment is not None:
+        steps.append(_auto_augment(augment.auto_augment, config, statistics))
+    if augment.color_jitter:
+        steps.append(transforms.ColorJitter(*[augment.color_jitter] * 3))
+    steps += _to_tensor(statistics)
+    if augment.erase_prob:
+        steps.append(RandomErasing(augment.erase_prob, mode="pixel", device="cpu"))
+    return transforms.Compose(steps)
+
+
+def build_val_transform(config: Config, statistics: Statistics) -> Transform:
+    """Resize the shorter side, crop the centre, normalise; nothing random."""
+    size = config.data.image_size
+    share = 1.0 if size <= _UNCROPPED_SIZE else config.data.crop_pct
+    return transforms.Compose([*_resize(config, math.floor(size / share)), *_to_tensor(statistics)])
+
+
+def build_mixup(config: Config, num_classes: int) -> Mixup | None:
+    """Mixup and CutMix of a batch, or None when both are off.
+
+    Called with images (B, 3, H, W) and targets (B,), B even, it returns mixed images and targets (B, num_classes)
+    that contain the label smoothing. It draws from numpy's global generator; wrap it in `seeding.seeded`.
+    """
+    augment = config.augment
+    if not augment.mixup and not augment.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
+        label_smoothing=config.loss.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _crop(config: Config) -> list[Callable]:
+    size, augment = config.data.image_size, config.augment
+    if augment.crop == "random_resized":
+        return [_random_resized_crop(size, augment, config.data.interpolation)]
+    if augment.crop == "pad":
+        resize = transforms.Resize(size, interpolation=str_to_interp_mode(config.data.interpolation))
+        return [resize, transforms.RandomCrop(size, padding=augment.pad)]
+    return _resize(config, size)
+
+
+def _random_resized_crop(size: int, augment: AugmentConfig, interpolation: str) -> Callable:
+    return RandomResizedCropAndInterpolation(size, augment.scale, augment.ratio, interpolation)
+
+
+def _resize(config: Config, shorter_side: int) -> list[Callable]:
+    interpolation = str_to_interp_mode(config.data.interpolation)
+    return [
+        transforms.Resize(shorter_side, interpolation=interpolation),
+        transforms.CenterCrop(config.data.image_size),
+    ]
+
+
+def _to_tensor(statistics: Statistics) -> list[Callable]:
+    return [transforms.ToTensor(), transforms.Normalize(statistics.mean, statistics.std)]
+
+
+def _auto_augment(policy: str, config: Config, statistics: Statistics) -> Callable:
+    parameters = {
+        "translate_const": int(config.data.image_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in statistics.mean),
+        "interpolation": str_to_pil_interp(config.data.interpolation),
+    }
+    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    try:
+        return makers.get(policy.partition("-")[0], auto_augment_transform)(policy, parameters)
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"augment.auto_augment: timm does not understand {policy!r} {error}".rstrip()) from None

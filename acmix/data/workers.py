@@ -1,0 +1,129 @@
+"""Loader processes: how they start, what they ignore, how they end, and what their death means."""
+
+import ctypes
+import os
+import signal
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from acmix.config import Config
+from acmix.data.sampler import BatchPlan
+from acmix.errors import UserError
+
+_JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1
+
+
+class PlanQueue:
+    """The plans of the next pass over a loader; a sampler that is refilled instead of replaced."""
+
+    def __init__(self) -> None:
+        self.plans: Iterator[BatchPlan] = iter(())
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        return self.plans
+
+
+class WorkerPool:
+    """A DataLoader that turns BatchPlans into what `dataset[plan]` returns, in order.
+
+    Its processes start at the first pass and stay until `close`. They ignore the signals meant for the job, so
+    that it can stop gracefully, and die with their parent.
+    """
+
+    def __init__(self, dataset: Dataset, config: Config, most: int | None = None) -> None:
+        workers = config.data.num_workers if most is None else min(config.data.num_workers, most)
+        pin = config.data.pin_memory
+        self._queue = PlanQueue()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
+            self._loader: DataLoader = DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=self._queue,
+                collate_fn=_as_it_is,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                prefetch_factor=config.data.prefetch_factor if workers else None,
+                pin_memory=torch.cuda.is_available() and config.run.device != "cpu" if pin is None else pin,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # else each pass would draw from the global one
+            )
+        self._finalizer = weakref.finalize(self, _stop_workers, self._loader)
+
+    def run(self, plans: Iterator[BatchPlan]) -> Iterator[Any]:
+        """Results of the plans, in order. Raises UserError when a worker dies."""
+        self._queue.plans = plans
+        try:
+            with _job_signals_blocked():
+                results = iter(self._loader)
+            yield from results
+        except RuntimeError as error:
+            raise explain_worker_death(error) or error from None
+
+    def close(self) -> None:
+        """Stop the processes; harmless when done twice."""
+        self._finalizer()
+
+
+def explain_worker_death(error: BaseException) -> UserError | None:
+    """What to tell the user when PyTorch reports that a loader worker died; None for any other error.
+
+    PyTorch raises that report from a signal handler, so it may come out of any line of the main process.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in text or "Caught" in text:
+        return None
+    return UserError(
+        f"a data loader worker died ({' '.join(text.split())}). Likely causes: the machine ran out of memory (the "
+        "kernel's log says so), or /dev/shm is full or too small. Lower data.num_workers, data.prefetch_factor or "
+        "data.batch_size, or give the container more shared memory (docker --shm-size), and continue with --resume auto"
+    )
+
+
+def in_worker() -> bool:
+    """Whether this is a loader process."""
+    return get_worker_info() is not None
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    for number in _JOB_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the request was made
+            os._exit(1)
+
+
+@contextmanager
+def _job_signals_blocked() -> Iterator[None]:
+    """Between its birth and `_start_worker` a worker would still die of a signal meant for the job."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _stop_workers(loader: DataLoader) -> None:
+    iterator: Any = getattr(loader, "_iterator", None)
+    workers = list(getattr(iterator, "_workers", ()))
+    if workers:
+        iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():  # stuck in a read; it ignores SIGTERM, for which Python would wait at exit
+            worker.kill()
+    loader._iterator = None
