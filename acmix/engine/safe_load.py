@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -84,7 +85,9 @@ def load_pickle_bytes(data: bytes, path: Path) -> Any:
 
 
 def _weights_only(source: Path | BytesIO, mmap: bool | None) -> Any:
-    with torch.serialization.safe_globals(_ALIASES):  # type: ignore[arg-type]
+    with torch.serialization.safe_globals(_ALIASES), warnings.catch_warnings():  # type: ignore[arg-type]
+        # A refusal is one clear error; torch's remarks on the file's kind would only stand in its way.
+        warnings.simplefilter("ignore")
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
 
 
