@@ -300,6 +300,8 @@ def _apply_override(values: dict[str, Any], override: str, origins: dict[KeyPath
     target[key_path[-1]] = document.values
     for replaced in [path for path in origins if path[: len(key_path)] == key_path]:
         del origins[replaced]
+    for depth in range(1, len(key_path)):
+        origins.setdefault(key_path[:depth], COMMAND_LINE)
     origins.update({(*key_path, *below): COMMAND_LINE for below in [(), *document.lines]})
 
 
