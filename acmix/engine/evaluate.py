@@ -1,0 +1,88 @@
+"""Exact evaluation: every image counted once, whatever the number of processes and the size of their shares."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from acmix.config import PrecisionConfig
+from acmix.engine.distributed import Distributed
+
+if TYPE_CHECKING:
+    from acmix.data.loader import ValLoader
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Metrics(TypedDict):
+    """Mean cross entropy (without smoothing), top-1 and top-5 in percent, number of images."""
+
+    loss: float
+    top1: float
+    top5: float
+    count: int
+
+
+def autocast(precision: PrecisionConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The autocast context of `precision.amp`; does nothing for `none`."""
+    if precision.amp == "none":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=AMP_TYPES[precision.amp])
+
+
+def evaluate(
+    model: nn.Module,
+    loader: "ValLoader",
+    dist: Distributed,
+    precision: PrecisionConfig,
+    *,
+    step: int = 0,
+    poll: Callable[[], bool] = lambda: False,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
+) -> Metrics | None:
+    """Evaluate a bare (not DDP-wrapped) model on the loader's images, all ranks together.
+
+    Ranks may hold unequal numbers of batches: all call `poll` (which may be a collective) once per batch of the longest
+    share, and where it says True, on all alike, the evaluation ends early and returns None. Sums are added in float64.
+    `observe` gets the logits and targets of each batch. With fewer than five classes top-5 is over all of them. The
+    model's mode is kept.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # loss, top-1, top-5, count
+    rounds = max(dist.gather(loader.batches))
+    batches = iter(loader)
+    training = model.training
+    model.eval()
+    try:
+        for _ in range(rounds):
+            dist.watchdog.tick(step, "evaluation")
+            batch = next(batches, None)
+            if batch is not None:
+                images = batch.images.to(dist.device, non_blocking=True)
+                if precision.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                targets = batch.targets.to(dist.device, non_blocking=True)
+                with torch.inference_mode(), autocast(precision, dist.device):
+                    logits = model(images)
+                sums += _batch_sums(logits.float(), targets)
+                if observe is not None:
+                    observe(logits, targets)
+            if poll():
+                return None
+    finally:
+        model.train(training)
+    loss, top1, top5, count = dist.all_reduce(sums.cpu()).tolist()
+    images_seen = max(count, 1.0)
+    return Metrics(
+        loss=loss / images_seen, top1=100 * top1 / images_seen, top5=100 * top5 / images_seen, count=int(count)
+    )
+
+
+def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sums over a batch, float64: cross entropy, hits among the best and the best five, images."""
+    loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, ≤5)
+    hits = best.eq(targets[:, None])
+    return torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double(), loss.new_tensor(float(len(targets)))])

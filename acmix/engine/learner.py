@@ -1,0 +1,241 @@
+"""A model and all that moves its weights: loss, gradients, optimiser, schedule, loss scaling, running average."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.loss import BinaryCrossEntropy
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3
+from timm.utils.agc import adaptive_clip_grad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from acmix.config import Config
+from acmix.data.seeding import seed_generators, stream_seed
+from acmix.engine.distributed import Distributed
+from acmix.engine.evaluate import autocast
+from acmix.engine.optim import build_optimizer, build_scheduler
+from acmix.errors import UserError
+
+if TYPE_CHECKING:
+    from acmix.data.loader import Batch, TrainLoader
+
+_FROM_CONFIG = ("weight_decay", "lr_scale", "initial_lr", "momentum", "betas", "eps")
+
+Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Learner:
+    """Wraps a model for training on this process.
+
+    Args:
+        config: the run's config.
+        model: the bare network, with the same weights on every rank.
+        dist: this process among the others.
+        loader: the training loader, for the images per update and the updates per epoch.
+        mixing: mixup and cutmix, images and targets → mixed images and soft targets; None for none.
+
+    Attributes: `model` the bare network (never wrapped, so its state dict has plain names), `ema` timm's average or
+    None, `optimizer`, `scheduler`, `scaler`.
+
+    Raises UserError for SyncBN without CUDA, an unknown optimiser, a model without gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        dist: Distributed,
+        loader: "TrainLoader",
+        *,
+        mixing: Mixing | None = None,
+    ) -> None:
+        self.config = config
+        self.dist = dist
+        self.mixing = mixing
+        self.model = _prepare(model, config, dist)
+        self.ema = None
+        self.ema_updates = 0
+        if config.ema.decay is not None:
+            self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
+        self.optimizer = build_optimizer(self.model, config.optimizer, loader.global_batch)
+        self.scheduler = build_scheduler(self.optimizer, config.schedule, loader.updates_per_epoch)
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=config.precision.amp == "fp16")
+        self._losses = _build_loss(config, mixed=mixing is not None)
+        self._runner: nn.Module = self.model
+        if dist.world_size > 1:
+            # Buffers travel before evaluations and saves only: in training no rank reads its running statistics.
+            self._runner = DistributedDataParallel(
+                self.model,
+                device_ids=[dist.local_rank] if dist.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        if config.precision.compile:
+            self._runner.compile()  # in place: no wrapper, no `_orig_mod.` in the state dict
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network to evaluate: the running average where there is one and `run.eval_ema`, else the raw one."""
+        return self.ema.module if self.ema is not None and self.config.run.eval_ema else self.model
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last update, before the factors of layers and path weights."""
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"]) / float(group.get("lr_scale", 1.0))
+
+    def gradients(self, batches: Sequence["Batch"], step: int) -> Tensor:
+        """Accumulate the gradients of update `step` (from 1); returns the micro-batches' losses, float64, (M,).
+
+        Whatever is random in it (mixup, drop path, dropout) follows from (seed, step, rank, micro-batch) alone.
+        """
+        losses = []
+        for micro, batch in enumerate(batches):
+            self.dist.watchdog.tick(step, "forward and backward")
+            with self._synchronise(micro == len(batches) - 1):
+                loss = self.loss(batch, step, micro)
+                self.scaler.scale(loss / len(batches)).backward()
+            losses.append(loss.detach().double())
+        return torch.stack(losses)
+
+    def loss(self, batch: "Batch", step: int, micro: int = 0) -> Tensor:
+        """The loss of one micro-batch of update `step`, a scalar to differentiate."""
+        seed_step(self.config.run.seed, step, self.dist.rank, micro)
+        images = batch.images.to(self.dist.device, non_blocking=True)
+        targets = batch.targets.to(self.dist.device, non_blocking=True)
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets)
+        if self.config.precision.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(self.config.precision, self.dist.device):
+            losses = self._losses(self._runner(images), targets)
+        if not batch.errors:
+            return losses.mean()
+        valid = batch.valid.to(losses)  # images that could not be read stand in the batch, but not in the loss
+        return (losses * valid).sum() / valid.sum().clamp(min=1)
+
+    def update(self, step: int, *, measure: bool = False) -> Tensor | None:
+        """Apply the accumulated gradients as update `step`; returns their norm before clipping.
+
+        The norm is returned where clipping computes it or `measure` asks for it, else None.
+        """
+        self.scheduler.step_update(step - 1)
+        norm = None
+        clip, mode = self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
+        if clip is not None or measure:
+            self.scaler.unscale_(self.optimizer)
+            norm = self._clip(clip, mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.discard()
+        if self.ema is not None:
+            self.ema_updates += 1
+            self.ema.update(self.model, step=self.ema_updates)
+        return norm
+
+    def discard(self) -> None:
+        """Drop the accumulated gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's buffers, in the network and its average."""
+        self.dist.share_buffers(self.model)
+        if self.ema is not None:
+            self.dist.share_buffers(self.ema.module)
+
+    def training_state(self) -> dict[str, Any]:
+        """What a resumed run needs besides the weights: tensors and plain containers only."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema_updates": self.ema_updates,
+        }
+
+    def load(self, model: dict[str, Tensor], ema: dict[str, Tensor] | None, training: dict[str, Any]) -> None:
+        """Restore a checkpoint's state; the schedule needs none. UserError when it is another network's."""
+        try:
+            self.model.load_state_dict(model)
+            if self.ema is not None:
+                self.ema.module.load_state_dict(model if ema is None else ema)
+            _load_optimizer(self.optimizer, training["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"the checkpoint does not fit this model or optimizer: {error}") from None
+        if training["scaler"]:
+            self.scaler.load_state_dict(training["scaler"])
+        self.ema_updates = training["ema_updates"]
+
+    def _synchronise(self, last: bool) -> Any:
+        """Ranks exchange gradients with the last micro-batch of an update only."""
+        if last or not isinstance(self._runner, DistributedDataParallel):
+            return nullcontext()
+        return self._runner.no_sync()
+
+    def _clip(self, clip: float | None, mode: str) -> Tensor:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=None)
+        if clip is not None and mode == "norm":
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, norm)
+        elif clip is not None and mode == "value":
+            nn.utils.clip_grad_value_(self.model.parameters(), clip)
+        elif clip is not None:
+            adaptive_clip_grad(model_parameters(self.model, exclude_head=True), clip)
+        return norm
+
+
+def seed_step(seed: int, step: int, rank: int, micro: int) -> None:
+    """Seed torch, numpy and Python for one micro-batch of one update on one rank."""
+    value = stream_seed("step", seed, step, rank, micro)
+    seed_generators(value)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(value)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load momenta and counters; weight decay, momentum and factors stay as the config says now."""
+    wanted = [{key: group[key] for key in _FROM_CONFIG if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, wanted, strict=True):
+        group.update(values)
+
+
+def _prepare(model: nn.Module, config: Config, dist: Distributed) -> nn.Module:
+    precision = config.precision
+    if precision.grad_checkpointing:
+        try:
+            getattr(model, "set_grad_checkpointing", _refuse)(True)
+        except AssertionError:
+            raise UserError(f"precision.grad_checkpointing: {config.model.name} does not support it") from None
+    if precision.sync_bn and dist.world_size > 1:
+        if dist.device.type != "cuda":
+            raise UserError("precision.sync_bn needs CUDA; set it to false on the CPU")
+        model = convert_sync_batchnorm(model)
+    if precision.channels_last:
+        return model.to(device=dist.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(dist.device)
+
+
+def _refuse(enable: bool) -> None:
+    """Stands in for what a model lacks; timm's models without checkpointing raise AssertionError too."""
+    raise AssertionError
+
+
+def _build_loss(config: Config, *, mixed: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Logits (B, C) and class indices (B,) or soft targets (B, C) → the loss of each image (B,), float32.
+
+    Mixing has already smoothed the targets it makes.
+    """
+    smoothing = 0.0 if mixed else config.loss.label_smoothing
+    if config.loss.name == "bce":
+        binary = BinaryCrossEntropy(smoothing=smoothing, reduction="none")
+        return lambda logits, targets: binary(logits.float(), targets).mean(1)
+    cross_entropy = nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")
+    return lambda logits, targets: cross_entropy(logits.float(), targets)

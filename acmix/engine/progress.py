@@ -1,0 +1,73 @@
+"""How far a run is, and what a checkpoint must share with a run that continues it."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from acmix.config import Config
+from acmix.errors import UserError
+
+if TYPE_CHECKING:
+    from acmix.data.loader import Data
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint as JSON.
+
+    step: updates so far; epoch: the epoch in work, from 0; update_in_epoch: its updates so far; best: the evaluation
+    with the highest top-1 so far; history: every evaluation; skipped: updates left out for a loss that was not finite;
+    unread: images of this epoch left out because they cannot be read.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    update_in_epoch: int = 0
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    unread: int = 0
+
+
+def identity(config: Config, data: "Data", world_size: int) -> dict[str, Any]:
+    """What a checkpoint records of its run; all but `world_size` and `config` must be the same to continue it."""
+    return {
+        "model_name": config.model.name,
+        "classes": data.classes,
+        "seed": config.run.seed,
+        "global_batch": data.train.global_batch,
+        "updates_per_epoch": data.train.updates_per_epoch,
+        "world_size": world_size,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+_KEYS = {
+    "model_name": "model.name",
+    "classes": "the classes of the data (data.dataset, data.root)",
+    "seed": "run.seed",
+    "updates_per_epoch": "the number of updates per epoch (training images of data.root, data.repeated_aug)",
+}
+
+
+def refuse_other_run(saved: dict[str, Any], mine: dict[str, Any]) -> None:
+    """UserError when a checkpoint cannot be continued exactly with this config, data and number of processes."""
+    if saved["global_batch"] != mine["global_batch"]:
+        raise UserError(
+            f"the checkpoint was made with {saved['global_batch']} images per update on {saved['world_size']} "
+            f"process(es), now it is {mine['global_batch']} on {mine['world_size']}; set data.batch_size and "
+            f"optimizer.accumulate so that batch_size × accumulate × processes = {saved['global_batch']}"
+        )
+    for key, name in _KEYS.items():
+        if saved[key] != mine[key]:
+            raise UserError(
+                f"the checkpoint belongs to another run: {name} was {brief(saved[key])}, now it is {brief(mine[key])}; "
+                "give it as it was, or start a new run"
+            )
+
+
+def brief(value: Any, limit: int = 8) -> str:
+    """A value for a message; of a long list the first entries and their number."""
+    if not isinstance(value, list):
+        return str(value)
+    shown = ", ".join(map(str, value[:limit]))
+    return f"[{shown}, … {len(value)} in all]" if len(value) > limit else f"[{shown}]"

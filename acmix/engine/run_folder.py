@@ -1,0 +1,161 @@
+"""Which folder a run writes to and what an earlier attempt left there. Light on purpose (no torch)."""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from acmix.config import Config
+from acmix.engine.signals import REQUEUE
+from acmix.errors import UserError
+
+RUNS = Path("runs")
+SUMMARY = "summary.json"
+CONFIG = "config.yaml"
+CLASSES = "classes.json"
+_TRACES = (CONFIG, "metrics.jsonl", "checkpoints", SUMMARY)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a run goes on or begins.
+
+    folder: the run folder; None for a new one named after the time. checkpoint: the run or checkpoint to continue from;
+    None to begin. status, message: set when there is nothing to do.
+    """
+
+    folder: Path | None = None
+    checkpoint: Path | None = None
+    status: int | None = None
+    message: str = ""
+
+
+def choose_run(config: Config, resume: str) -> Choice:
+    """Decide what `--resume none|auto|PATH` and `run.dir` mean, without touching anything.
+
+    Raises UserError when a new run would land in a folder that holds one, or PATH does not exist.
+    """
+    folder = None if config.run.dir is None else Path(config.run.dir)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir: {folder} is not a folder; choose another run.dir")
+    if (restarted := _run_of_this_launcher(config, folder)) is not None:
+        return _continue_restarted(restarted)
+    if resume == "none":
+        if folder is not None and holds_run(folder):
+            raise UserError(
+                f"run.dir: {folder} already holds a run; continue it with --resume auto, or choose another run.dir"
+            )
+        return Choice(folder)
+    if resume == "auto":
+        return _choose_automatically(config, folder)
+    return _choose_explicitly(Path(resume), folder)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder shows traces of a run (a lock file alone is none)."""
+    return any((folder / name).exists() for name in _TRACES)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A run's `summary.json`; empty when there is none that can be read."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file as a whole. UserError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; make it writable or choose another run.dir") from None
+
+
+def new_folder(name: str) -> Path:
+    """Create `runs/NAME/DATE-TIME`, unique even when two runs start in the same second."""
+    stem = RUNS / name / time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1, 1000):
+        folder = stem if attempt == 1 else stem.with_name(f"{stem.name}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"cannot create {folder}: {error.strerror}; set run.dir to a folder you can write"
+            ) from None
+        return folder
+    raise UserError(f"cannot find a free name for the run folder {stem}; set run.dir")
+
+
+def launcher_id() -> str | None:
+    """What names the torchrun that started this process, the same in every restart of its workers; None without one."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id is None:
+        return None
+    return run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
+
+
+def _run_of_this_launcher(config: Config, folder: Path | None) -> Path | None:
+    """The run that this torchrun's earlier workers began, when this is one of its restarts."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    candidates = [folder] if folder is not None else _runs_named(config)
+    return next((run for run in candidates if read_summary(run).get("launcher") == launcher_id()), None)
+
+
+def _continue_restarted(folder: Path) -> Choice:
+    status = read_summary(folder).get("status")
+    if status == "requeue":
+        return Choice(folder, status=REQUEUE, message=f"{folder} was stopped by a signal and is not restarted here")
+    if status == "done":
+        return Choice(folder, status=0, message=f"{folder} is finished")
+    return Choice(folder, checkpoint=folder)
+
+
+def _choose_automatically(config: Config, folder: Path | None) -> Choice:
+    if folder is not None:
+        if not holds_run(folder):
+            return Choice(folder)
+        if read_summary(folder).get("status") == "done":
+            message = f"{folder} is finished, nothing to do; raise schedule.epochs and give --resume {folder} to go on"
+            return Choice(folder, status=0, message=message)
+        return Choice(folder, checkpoint=folder)
+    unfinished = [run for run in _runs_named(config) if read_summary(run).get("status") != "done"]
+    return Choice(unfinished[0], checkpoint=unfinished[0]) if unfinished else Choice()
+
+
+def _choose_explicitly(path: Path, folder: Path | None) -> Choice:
+    if not path.exists():
+        raise UserError(f"--resume {path}: no such run or checkpoint; give none, auto, a run folder or a checkpoint")
+    real = path.resolve()
+    if real.is_dir() and holds_run(real):
+        owner: Path | None = path
+    elif real.parent.name == "checkpoints":
+        owner = real.parent.parent
+    else:
+        owner = None
+    if folder is None or (owner is not None and folder.resolve() == owner.resolve()):
+        return Choice(owner, checkpoint=path)
+    if holds_run(folder):
+        raise UserError(
+            f"run.dir: {folder} already holds another run than --resume {path}; choose another run.dir, or leave it "
+            "out to go on in the run the checkpoint belongs to"
+        )
+    return Choice(folder, checkpoint=path)
+
+
+def _runs_named(config: Config) -> list[Path]:
+    """Runs under `runs/NAME`, newest first."""
+    parent = RUNS / str(config.run.name)
+    if not parent.is_dir():
+        return []
+    return sorted((run for run in parent.iterdir() if run.is_dir() and holds_run(run)), reverse=True)

@@ -1,0 +1,121 @@
+"""One attempt at a run: its lock, its folder on disk, its log and checkpoints, and the summary it leaves."""
+
+import json
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from acmix.config import Config
+from acmix.engine.checkpoint import CheckpointStore, Snapshot, load_checkpoint
+from acmix.engine.distributed import Distributed
+from acmix.engine.failure import Quiet
+from acmix.engine.lock import RunLock
+from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, Choice, launcher_id, new_folder, write_atomically
+from acmix.engine.signals import REQUEUE
+from acmix.errors import UserError
+from acmix.telemetry.run_log import RunLog
+
+STATUS_NAMES = {0: "done", REQUEUE: "requeue"}
+
+
+class Session:
+    """Opens a run folder once nothing else can be wrong, and says in `summary.json` how the attempt ended.
+
+    Rank 0 alone touches the disk; the others follow its choices. A context manager.
+    """
+
+    def __init__(self, choice: Choice, config: Config, dist: Distributed) -> None:
+        self.choice = choice
+        self.config = config
+        self.dist = dist
+        self.folder: Path | None = None
+        self._log: RunLog | None = None
+        self._store: CheckpointStore | None = None
+        self._held = ExitStack()
+        self._open = False
+
+    @property
+    def log(self) -> RunLog:
+        """The run's log, silent on other ranks than 0; there once `open` was called."""
+        assert self._log is not None
+        return self._log
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The run's checkpoints; on rank 0 alone, once `open` was called."""
+        assert self._store is not None
+        return self._store
+
+    def load(self) -> Snapshot | None:
+        """Lock the run to continue and read its newest sound checkpoint; None when the run begins.
+
+        Raises UserError when another process runs in the folder, or the checkpoint asked for cannot be read.
+        """
+        path = self.dist.main_first(self._find_checkpoint)
+        path = self.dist.from_main(None if path is None else str(path))
+        if path is None:
+            return None
+        return self.dist.together(lambda: load_checkpoint(Path(path)))
+
+    def open(self, classes: list[str], step: int) -> None:
+        """Create the folder (or go on in it from `step`), with config, classes, log and checkpoint store."""
+        self.folder = Path(self.dist.from_main(self.dist.main_first(lambda: str(self._create(classes, step)))))
+        self._log = RunLog(self.folder, enabled=self.dist.is_main, resume_step=step)
+        self._open = True
+
+    def finish(self, status: int, outcome: dict[str, Any]) -> None:
+        """Log the end of the attempt and write its summary."""
+        name = STATUS_NAMES[status]
+        self.log.end({"status": name, **outcome})
+        self.summarise(name, **outcome)
+
+    def summarise(self, status: str, **values: Any) -> None:
+        """Write `summary.json`: status (running, done, requeue or failed) and what else there is to say."""
+        if self.dist.is_main and self.folder is not None:
+            summary = {"status": status, "launcher": launcher_id(), **values}
+            write_atomically(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._held, suppress(UserError):
+            if self._log is not None:
+                self._log.close()
+            if error is not None and self._open and not isinstance(error, Quiet):
+                self.summarise("failed", error=str(error) or type(error).__name__)
+            if self._store is not None:
+                self._store.wait()  # a save that was begun is worth finishing, whatever else went wrong
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to continue from; an unfinished run without one begins again in its folder."""
+        if self.choice.checkpoint is None:
+            return None
+        if self.choice.folder is not None:
+            self._lock(self.choice.folder)
+        path = self.choice.checkpoint
+        return self._open_store(path).newest() if path == self.choice.folder else path
+
+    def _create(self, classes: list[str], step: int) -> Path:
+        folder = self.choice.folder or new_folder(str(self.config.run.name))
+        self._lock(folder)
+        store = self._store or self._open_store(folder)
+        store.rewind(step)
+        write_atomically(folder / CONFIG, self.config.dump())
+        write_atomically(folder / CLASSES, json.dumps(classes, indent=1, ensure_ascii=False) + "\n")
+        self.folder = folder
+        self.summarise("running")
+        return folder
+
+    def _lock(self, folder: Path) -> None:
+        if self.folder is None:
+            self._held.enter_context(RunLock(folder))
+            self.folder = folder
+
+    def _open_store(self, folder: Path) -> CheckpointStore:
+        run = self.config.run
+        self._store = CheckpointStore(folder, run.keep, background=run.background_save, on_error=run.on_save_error)
+        return self._store

@@ -1,0 +1,86 @@
+"""Train a model from one YAML file.
+
+python train.py --config configs/quickstart.yaml [--resume none|auto|PATH] [--dry-run] [KEY.PATH=VALUE ...]
+torchrun --nproc-per-node N train.py --config ...
+
+Exit status: 0 the work is done; 2 bad usage, config or data; 75 stopped by a signal after saving, start it again with
+--resume auto; 1 anything else.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from acmix.config import Config, load_config
+from acmix.engine.arguments import Arguments
+from acmix.engine.failure import run_program
+from acmix.engine.run_folder import Choice, choose_run
+from acmix.engine.signals import StopSignals
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; returns the exit status."""
+    signals = StopSignals()
+    signals.install()
+    return run_program(lambda: prepare(arguments, signals))
+
+
+def prepare(arguments: Sequence[str] | None, signals: StopSignals) -> int:
+    """Everything that can be refused before the slow imports: usage, config, run folder."""
+    parser = Arguments(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument("--resume", default="none", metavar="none|auto|PATH", help="what to continue from (none)")
+    parser.add_argument("--dry-run", action="store_true", help="run one step, print the plan, leave nothing behind")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="config values to override")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.config, options.overrides)
+    choice = Choice() if options.dry_run else choose_run(config, options.resume)
+    if choice.status is not None:
+        print(choice.message)
+        return choice.status
+    return train(config, choice, signals, dry_run=options.dry_run)
+
+
+def train(config: Config, choice: Choice, signals: StopSignals, *, dry_run: bool) -> int:
+    """Build the parts of a run and let the trainer run it; returns the exit status."""
+    import models
+    from acmix.data.loader import build_data, resolve_num_classes
+    from acmix.data.transforms import build_mixup
+    from acmix.engine.distributed import Distributed
+    from acmix.engine.environment import set_up_torch
+    from acmix.engine.learner import Learner
+    from acmix.engine.plan import plan
+    from acmix.engine.session import Session
+    from acmix.engine.trainer import Trainer
+    from acmix.engine.weights import start_from
+
+    def build_model() -> "nn.Module":
+        model = models.create_model(config.model.name, resolve_num_classes(config, data), **config.model.kwargs)
+        if config.model.checkpoint is not None and snapshot is None:
+            start_from(model, config.model.checkpoint, models.load_official)
+        return model
+
+    with Distributed.start(config.run) as dist, Session(choice, config, dist) as session:
+        set_up_torch(config.run, dist.device)
+        snapshot = session.load()
+        data = dist.together(lambda: build_data(config, rank=dist.rank, world_size=dist.world_size))
+        model = dist.together(build_model)
+        mixing = build_mixup(config, data.num_classes)
+        learner = dist.together(lambda: Learner(config, model, dist, data.train, mixing=mixing))
+        if dry_run:
+            lines = plan(config, learner, data)
+            print(*lines if dist.is_main else [], sep="\n")
+            return 0
+        trainer = Trainer(config, learner, data, session, signals)
+        if snapshot is not None:
+            dist.together(lambda: trainer.resume(snapshot))
+        session.open(data.classes, trainer.progress.step)
+        return trainer.fit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
