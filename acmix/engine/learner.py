@@ -1,5 +1,6 @@
 """A model and all that moves its weights: loss, gradients, optimiser, schedule, loss scaling, running average."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -67,13 +68,7 @@ class Learner:
         self._losses = _build_loss(config, mixed=mixing is not None)
         self._runner: nn.Module = self.model
         if dist.world_size > 1:
-            # Buffers travel before evaluations and saves only: in training no rank reads its running statistics.
-            self._runner = DistributedDataParallel(
-                self.model,
-                device_ids=[dist.local_rank] if dist.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            self._runner = _wrap(self.model, dist)
         if config.precision.compile:
             self._runner.compile()  # in place: no wrapper, no `_orig_mod.` in the state dict
 
@@ -221,6 +216,20 @@ def _prepare(model: nn.Module, config: Config, dist: Distributed) -> nn.Module:
     if precision.channels_last:
         return model.to(device=dist.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(dist.device)
+
+
+def _wrap(model: nn.Module, dist: Distributed) -> DistributedDataParallel:
+    """Buffers travel before evaluations and saves only: in training no rank reads its running statistics."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="`broadcast_buffers` is deprecated"
+        )  # its heir is newer than our floor
+        return DistributedDataParallel(
+            model,
+            device_ids=[dist.local_rank] if dist.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 def _refuse(enable: bool) -> None:

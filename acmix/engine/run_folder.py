@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; make it writable or choose another run.dir") from None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; make it writable or choose another place") from None
 
 
 def new_folder(name: str) -> Path:
@@ -94,6 +96,22 @@ def new_folder(name: str) -> Path:
             ) from None
         return folder
     raise UserError(f"cannot find a free name for the run folder {stem}; set run.dir")
+
+
+def find_config(checkpoint: str, config: str | None) -> tuple[Path, Path]:
+    """The weights' path and the config that goes with them: the one given, else that of the run they lie in.
+
+    Raises UserError when the path does not exist, or no config is given and none is found.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(f"--checkpoint {path}: no such run, checkpoint or weights file")
+    if config is not None:
+        return path, Path(config)
+    for folder in (path, *path.resolve().parents[:3]):
+        if (folder / CONFIG).is_file():
+            return path, folder / CONFIG
+    raise UserError(f"--checkpoint {path}: does not lie in a run folder; give its config with --config FILE")
 
 
 def launcher_id() -> str | None:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,15 +14,23 @@ Translate = Callable[[nn.Module, Mapping[str, Any]], None]
 Kind = Literal["auto", "ema", "raw"]
 
 
-def pick_weights(path: str | Path, kind: Kind = "auto") -> dict[str, Tensor]:
+class Picked(NamedTuple):
+    """Weights, parameter name → tensor, and the classes they were trained on (None: the file does not say)."""
+
+    weights: dict[str, Tensor]
+    classes: list[str] | None
+
+
+def pick_weights(path: str | Path, kind: Kind = "auto") -> Picked:
     """The weights behind a path; `auto` takes the running average where there is one.
 
     Raises UserError when the path holds no weights, is damaged or hostile, or holds no average and `ema` is asked for.
     """
-    weights = resolve_weights(Path(path))
-    if kind == "ema" and weights.ema is None:
+    found = resolve_weights(Path(path))
+    if kind == "ema" and found.ema is None:
         raise UserError(f"{path}: holds no averaged weights (ema); use --weights raw or auto")
-    return weights.model if weights.ema is None or kind == "raw" else weights.ema
+    weights = found.model if found.ema is None or kind == "raw" else found.ema
+    return Picked(weights, None if found.progress is None else found.progress.get("classes"))
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, translate: Translate) -> None:
@@ -44,7 +52,7 @@ def start_from(model: nn.Module, source: str, translate: Translate) -> None:
 
     Says so on stderr when the classifier is left out.
     """
-    weights = pick_weights(source)
+    weights = pick_weights(source).weights
     own = model.state_dict()
     head = _classifier_names(model, own)
     other = [name for name in head if name in weights and weights[name].shape != own[name].shape]

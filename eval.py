@@ -1,0 +1,75 @@
+"""Evaluate a run, a checkpoint or a weights file: top-1, top-5, loss, count.
+
+python eval.py --checkpoint RUN|CHECKPOINT|WEIGHTS [--config FILE] [--json FILE] [--report DIR] [KEY.PATH=VALUE ...]
+torchrun --nproc-per-node N eval.py --checkpoint ...
+
+The last line on stdout is the result as JSON. Exit status: 0 done; 2 bad usage, config or data; 1 anything else.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from acmix.config import load_config
+from acmix.engine.arguments import Arguments
+from acmix.engine.failure import run_program
+from acmix.engine.run_folder import find_config, write_atomically
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says; returns the exit status."""
+    return run_program(lambda: evaluate_from(parse(arguments)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Arguments(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run folder, a checkpoint or weights")
+    parser.add_argument("--config", metavar="FILE", help="YAML file; not needed where the run's own is found")
+    parser.add_argument(
+        "--weights", choices=("auto", "ema", "raw"), default="auto", help="auto: ema where there is one"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result to a file too")
+    parser.add_argument("--report", metavar="DIR", type=Path, help="write per-class results and a confusion matrix")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="config values to override")
+    return parser.parse_intermixed_args(arguments)
+
+
+def evaluate_from(options: argparse.Namespace) -> int:
+    """Build the model and the validation data and evaluate; returns the exit status."""
+    path, config_path = find_config(options.checkpoint, options.config)
+    config = load_config(config_path, options.overrides)
+    import models
+    from acmix.data.loader import build_val, resolve_num_classes
+    from acmix.engine.distributed import Distributed
+    from acmix.engine.environment import set_up_torch
+    from acmix.engine.evaluate import evaluate
+    from acmix.engine.report import Confusion, write_report
+    from acmix.engine.weights import load_weights, pick_weights
+
+    with Distributed.start(config.run) as dist:
+        set_up_torch(config.run, dist.device)
+        weights, classes = dist.together(lambda: pick_weights(path, options.weights))
+        data = dist.together(lambda: build_val(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
+        width = dist.together(lambda: resolve_num_classes(config, data))
+        model = dist.together(lambda: models.create_model(config.model.name, width, **config.model.kwargs))
+        dist.together(lambda: load_weights(model, weights, str(path), models.load_official))
+        model.to(dist.device)
+        confusion = Confusion(width, dist.device) if options.report else None
+        observe = confusion.add if confusion else None
+        metrics = evaluate(model, data, dist, config.precision, observe=observe)
+        if confusion:
+            matrix = confusion.matrix(dist)
+            dist.main_first(lambda: write_report(options.report, matrix, data.classes))
+        result = json.dumps({"checkpoint": str(path), "model": config.model.name, **(metrics or {})})
+        if options.json:
+            dist.main_first(lambda: write_atomically(options.json, result + "\n"))
+        if dist.is_main:
+            print(result, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
