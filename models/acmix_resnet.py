@@ -103,6 +103,8 @@ class ACmixResNet(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        if base_width < 1:
+            raise ValueError(f"base_width must be at least 1, got {base_width}")
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"unknown stem {stem!r}: choose imagenet or cifar")
         if len(layers) != len(STAGES) or min(layers) < 1:
@@ -112,44 +114,39 @@ class ACmixResNet(nn.Module):
             raise ValueError(f"heads must be one number or {len(STAGES)}, got {stage_heads}")
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
+        self._build_stem(in_chans, base_width, stem)
+        block = {"kernel_att": kernel_att, "kernel_conv": kernel_conv, "mix": mix, "shift": shift, "impl": impl}
+        self._build_stages(layers, base_width, drop_path_rate, [{"heads": n, **block} for n in stage_heads])
+        self.num_features: int = self.feature_info[-1]["num_chs"]
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.init_weights(zero_init_last)
+
+    def _build_stem(self, in_chans: int, width: int, stem: str) -> None:
         imagenet = stem == "imagenet"
-        self.conv1 = nn.Conv2d(
-            in_chans, base_width, 7 if imagenet else 3, 2 if imagenet else 1, 3 if imagenet else 1, bias=False
-        )
-        self.bn1 = nn.BatchNorm2d(base_width)
+        kernel, stride = (7, 2) if imagenet else (3, 1)
+        self.conv1 = nn.Conv2d(in_chans, width, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
-        self.feature_info = [{"num_chs": base_width, "reduction": 2 if imagenet else 1, "module": "act1"}]
+        self.feature_info: list[dict[str, Any]] = [{"num_chs": width, "reduction": stride, "module": "act1"}]
 
-        reduction, channels, depth = (4 if imagenet else 1), base_width, 0
-        drop_paths = torch.linspace(0, drop_path_rate, sum(layers)).tolist()
-        for index, (name, blocks) in enumerate(zip(STAGES, layers, strict=True)):
-            width, stride = base_width * 2**index, 1 if index == 0 else 2
-            reduction *= stride
+    def _build_stages(
+        self, layers: Sequence[int], base_width: int, drop_path_rate: float, blocks: list[dict[str, Any]]
+    ) -> None:
+        channels = base_width
+        reduction = 1 if isinstance(self.maxpool, nn.Identity) else 4
+        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(layers)).tolist())
+        for index, (name, depth) in enumerate(zip(STAGES, layers, strict=True)):
             stage = nn.Sequential()
-            for block in range(blocks):
-                bottleneck = Bottleneck(
-                    channels,
-                    width,
-                    stride if block == 0 else 1,
-                    drop_paths[depth],
-                    heads=stage_heads[index],
-                    kernel_att=kernel_att,
-                    kernel_conv=kernel_conv,
-                    mix=mix,
-                    shift=shift,
-                    impl=impl,
-                )
-                bottleneck.acmix.mix.stage = index + 1
-                stage.append(bottleneck)
-                channels, depth = width * Bottleneck.expansion, depth + 1
+            for position in range(depth):
+                stride = 2 if index > 0 and position == 0 else 1
+                width = base_width * 2**index
+                stage.append(Bottleneck(channels, width, stride, next(drop_paths), stage=index + 1, **blocks[index]))
+                channels = width * Bottleneck.expansion
             self.add_module(name, stage)
+            reduction *= 1 if index == 0 else 2
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": name})
-
-        self.num_features = channels
-        self.global_pool, self.fc = create_classifier(channels, num_classes, pool_type=global_pool)
-        self.head_hidden_size = channels * self.global_pool.feat_mult()
-        self.init_weights(zero_init_last)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:

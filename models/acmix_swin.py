@@ -95,14 +95,14 @@ class SwinStage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if in_dim == dim else PatchMerging(in_dim, dim)
-        window = tuple(min(size, limit) for size, limit in zip(resolution, window_size, strict=True))
-        shift = tuple(0 if size <= limit else limit // 2 for size, limit in zip(resolution, window_size, strict=True))
+        rows, row_shift = _window(resolution[0], window_size[0])
+        columns, column_shift = _window(resolution[1], window_size[1])
         self.blocks = nn.Sequential(
             *(
                 SwinBlock(
                     dim,
-                    window_size=window,
-                    shift_size=shift if index % 2 else (0, 0),
+                    window_size=(rows, columns),
+                    shift_size=(row_shift, column_shift) if index % 2 else (0, 0),
                     resolution=resolution,
                     drop_path=drop_paths[index],
                     **block,
@@ -116,6 +116,11 @@ class SwinStage(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
+
+
+def _window(size: int, limit: int) -> tuple[int, int]:
+    """Window and shift along one side of a map: a map no larger than the window is one window and is not shifted."""
+    return (size, 0) if size <= limit else (limit, limit // 2)
 
 
 class ACmixSwin(nn.Module):
@@ -182,15 +187,24 @@ class ACmixSwin(nn.Module):
             dynamic_img_pad=True,
             output_fmt=self.output_fmt,
         )
-        resolution = self.patch_embed.dynamic_feat_size(to_2tuple(img_size))
+        resolution: tuple[int, int] = self.patch_embed.dynamic_feat_size(to_2tuple(img_size))
+        block = {
+            "mlp_ratio": mlp_ratio,
+            "proj_drop": proj_drop_rate,
+            "kernel_conv": kernel_conv,
+            "mix": mix,
+            "shift": shift,
+            "impl": impl,
+        }
         drop_paths = [part.tolist() for part in torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))]
-        self.feature_info = []
-        stages, in_dim = [], embed_dim
+        self.feature_info: list[dict[str, Any]] = []
+        self.layers = nn.Sequential()
+        dim, in_dim = embed_dim, embed_dim
         for index, depth in enumerate(depths):
-            dim = embed_dim * 2**index
             if index > 0:
-                resolution = tuple((size + 1) // 2 for size in resolution)
-            stages.append(
+                dim, in_dim = 2 * dim, dim
+                resolution = (resolution[0] + 1) // 2, (resolution[1] + 1) // 2
+            self.layers.append(
                 SwinStage(
                     in_dim,
                     dim,
@@ -199,23 +213,15 @@ class ACmixSwin(nn.Module):
                     to_2tuple(window_size),
                     drop_paths[index],
                     heads=heads[index],
-                    mlp_ratio=mlp_ratio,
-                    proj_drop=proj_drop_rate,
-                    kernel_conv=kernel_conv,
-                    mix=mix,
-                    shift=shift,
-                    impl=impl,
+                    stage=index + 1,
+                    **block,
                 )
             )
-            for block in stages[-1].blocks:
-                block.acmix.mix.stage = index + 1
             self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**index, "module": f"layers.{index}"})
-            in_dim = dim
-        self.layers = nn.Sequential(*stages)
-        self.num_features = in_dim
-        self.norm = nn.LayerNorm(in_dim)
+        self.num_features = dim
+        self.norm: nn.Module = nn.LayerNorm(dim)
         self.head = ClassifierHead(
-            in_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
+            dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
         self.head_hidden_size = self.head.num_features
         self.init_weights()
@@ -249,7 +255,7 @@ class ACmixSwin(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its intermediate maps."""
         for stage in self.layers:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

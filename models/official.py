@@ -68,8 +68,7 @@ def load_official(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             problems.append(f"unexpected: {name}")
     if problems:
         raise ValueError(
-            f"these are not the authors' weights of this {type(module).__name__}; check the model and its arguments:\n  "
-            + "\n  ".join(problems)
+            "\n  ".join([f"not the authors' weights of this {type(module).__name__}; check its arguments:", *problems])
         )
     with torch.no_grad():
         for target, sources in plan.items():

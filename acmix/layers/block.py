@@ -28,6 +28,7 @@ class ACmix(nn.Module):
         conv_bias: Whether the convolution path's fully connected layer has a bias (Swin has one).
         impl: Implementation of local attention; `reference` holds for the convolution path too, which otherwise
             chooses for itself.
+        stage: 1-based stage of the network, for logs.
 
     Raises:
         ValueError: if heads do not divide out_channels, a kernel is even, or mix or shift is unknown; at the call, for
@@ -49,6 +50,7 @@ class ACmix(nn.Module):
         attention: AttentionPath | None = None,
         conv_bias: bool = False,
         impl: str = "auto",
+        stage: int = 1,
     ) -> None:
         super().__init__()
         if heads < 1 or out_channels % heads:
@@ -60,7 +62,7 @@ class ACmix(nn.Module):
             raise ValueError(f"stride and dilation must be at least 1, got stride {stride} and dilation {dilation}")
         head_dim = out_channels // heads
         self.in_channels, self.out_channels, self.heads, self.stride = in_channels, out_channels, heads, stride
-        self.mix = PathMix(mix)
+        self.mix = PathMix(mix, stage)
         self.qkv = nn.Linear(in_channels, 3 * out_channels)  # rows: q, k, v, each (head, head_dim)
         self.attention: AttentionPath | None = None
         self.convolution: ShiftConv | None = None
