@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from acmix.engine.checkpoint_folder import CHECKPOINTS, list_checkpoints
+from acmix.engine.atomic import link_target
+from acmix.engine.checkpoint_folder import CHECKPOINTS, list_checkpoints, step_of
 from acmix.engine.manifest import (
     EMA_FILE,
     MANIFEST_NAME,
@@ -99,6 +100,11 @@ def _checkpoint_folder(path: Path, prefer: str) -> Path:
             f"new run from these weights with model.checkpoint={path}"
         )
     if not path.is_dir():
+        # A save killed while it replaced this step has left the old checkpoint under another name.
+        step = step_of(link_target(path) or path.name)
+        replaced = dict(list_checkpoints(path.parent)).get(-1 if step is None else step)
+        if replaced is not None:
+            return replaced
         raise UserError(
             f"{path}: no such checkpoint; give a run folder, a folder checkpoints/step_XXXXXXXX or its `last`"
         )

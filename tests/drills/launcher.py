@@ -1,0 +1,63 @@
+"""Starts programs by forking a process that has torch already: a drill can then afford hundreds of real starts.
+
+Reads JSON requests from stdin, one a line, and answers each with a JSON line:
+`{"start": PROGRAM, "arguments": [...], "env": {...}, "folder": F, "output": FILE, "errors": FILE}` → `{"pid": N}`;
+`{"wait": PID}` → `{"status": null}` while it runs, then its exit status (negative: the signal that ended it).
+A program runs in its own process group, with its own exit: what it leaves running, the interpreter waits for.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import sys
+from typing import Any
+
+PRELOAD = ("torch", "timm", "torchvision", "sklearn.datasets", "torch.utils.tensorboard", "acmix.config", "models",
+           "acmix.data.loader", "acmix.engine.trainer", "acmix.engine.checkpoint")  # fmt: skip
+
+
+def become(request: dict[str, Any]) -> None:
+    """Turn this forked process into the program asked for, up to running it."""
+    os.setsid()
+    for name, flags, descriptor in (
+        (os.devnull, os.O_RDONLY, 0),
+        (request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 1),
+        (request["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 2),
+    ):
+        opened = os.open(name, flags, 0o644)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.environ.update(request["env"])
+    os.chdir(request["folder"])
+    sys.argv = [request["start"], *request["arguments"]]
+    sys.path[0] = os.path.dirname(os.path.abspath(request["start"]))
+
+
+def answer(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def serve() -> str | None:
+    """Answer requests until stdin ends (None); returns the program to run in a forked child."""
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        if "wait" in request:
+            pid, status = os.waitpid(request["wait"], os.WNOHANG)
+            answer({"status": os.waitstatus_to_exitcode(status) if pid else None})
+            continue
+        pid = os.fork()
+        if pid == 0:
+            become(request)
+            return str(request["start"])
+        answer({"pid": pid})
+    return None
+
+
+if __name__ == "__main__":
+    for module in PRELOAD:
+        importlib.import_module(module)
+    answer({"ready": True})
+    program = serve()
+    if program is not None:
+        runpy.run_path(program, run_name="__main__")
