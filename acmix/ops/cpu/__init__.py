@@ -1,0 +1,1 @@
+"""Implementations of the operations for CPUs: eager (dense, halo, folded) and compiled ones."""

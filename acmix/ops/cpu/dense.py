@@ -1,0 +1,109 @@
+"""Sliding-window attention on a CPU as dense attention over all pixels, in eager torch, for small maps.
+
+Reflection padding only repeats pixels, so attention over the padded window equals attention over the pixels of the
+map with the logarithm of each pixel's multiplicity in the window added to its logit: no padded copies, nothing to
+fold back. The backward pass keeps nothing but q, k and v.
+
+Shape legend: U heads of a part, d head width, Q = Ho * Wo queries, L = H * W keys.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from acmix.ops.reference import positions
+
+# Bytes of logits in flight, so that softmax and products find them in the cache.
+LOGIT_BYTES = 600_000
+
+
+def _multiplicity(size: int, kernel_size: int, stride: int, dilation: int) -> Tensor:
+    """How often each of `size` pixels (columns) occurs in the reflected window of each query (rows), along one axis."""
+    centre = torch.arange(0, size, stride)[:, None]
+    offset = (torch.arange(kernel_size) - kernel_size // 2) * dilation
+    pixel = (centre + offset).abs()
+    pixel = torch.where(pixel >= size, 2 * (size - 1) - pixel, pixel)
+    return torch.nn.functional.one_hot(pixel, size).sum(1)
+
+
+@lru_cache(64)
+def log_multiplicity(
+    height: int, width: int, kernel_size: int, stride: int, dilation: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Bias (1, Q, L): the logarithm of how often a pixel occurs in a query's window, -inf where it does not."""
+    rows = _multiplicity(height, kernel_size, stride, dilation)[:, None, :, None]
+    cols = _multiplicity(width, kernel_size, stride, dilation)[None, :, None, :]
+    count = (rows * cols).to(torch.float64)
+    return count.log().to(dtype).flatten(0, 1).flatten(1).unsqueeze(0).to(device)
+
+
+def _parts(heads: int, logits: int, itemsize: int) -> Iterator[slice]:
+    step = max(1, LOGIT_BYTES // (logits * itemsize))
+    for start in range(0, heads, step):
+        yield slice(start, min(start + step, heads))
+
+
+def _heads(maps: Tensor, head_dim: int) -> Tensor:
+    return maps.reshape(-1, head_dim, maps.shape[-2] * maps.shape[-1])
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
+) -> Tensor:
+    """The attended map (B, N*d, Ho, Wo); arguments as in the public operation."""
+    dim, (height, width) = position_weight.shape[0], q.shape[-2:]
+    p = positions(height, width, like=q).flatten(1)
+    offset = position_weight.to(p.dtype) @ p
+    bias = log_multiplicity(height, width, kernel_size, stride, dilation, p.dtype, q.device)
+    query = q[..., ::stride, ::stride]
+    out = query.new_empty(query.shape)
+    q, k, v, flat = (_heads(maps, dim) for maps in (query, k, v, out))
+    for part in _parts(len(q), bias.numel(), p.itemsize):
+        logits = torch.baddbmm(bias, (q[part].to(p.dtype) * dim**-0.5).mT, k[part] - offset)
+        flat[part] = torch.bmm(v[part].to(p.dtype), logits.softmax(-1).mT)
+    return out
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_weight: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to q, k, v (contiguous) and the position weight; the logits are computed again."""
+    dim, shape, scale = position_weight.shape[0], q.shape, position_weight.shape[0] ** -0.5
+    p = positions(*shape[-2:], like=q).flatten(1)
+    offset = position_weight.to(p.dtype) @ p
+    bias = log_multiplicity(*shape[-2:], kernel_size, stride, dilation, p.dtype, q.device)
+    dk, dv = q.new_empty(shape), q.new_empty(shape)
+    query = q[..., ::stride, ::stride]
+    dquery = q.new_empty(query.shape)
+    flat_dq, flat_dk, flat_dv = (_heads(grad, dim) for grad in (dquery, dk, dv))
+    q, k, v, g = (_heads(maps, dim) for maps in (query, k, v, grad_out))
+    pixels = p.new_zeros(offset.shape)
+    for part in _parts(len(q), bias.numel(), p.itemsize):
+        query, key, grad = q[part].to(p.dtype) * scale, k[part] - offset, g[part].to(p.dtype)
+        weights = torch.baddbmm(bias, query.mT, key).softmax(-1)
+        flat_dv[part] = torch.bmm(grad, weights)
+        dweights = torch.bmm(grad.mT, v[part].to(p.dtype))
+        dlogits = torch.ops.aten._softmax_backward_data(dweights, weights, -1, p.dtype)
+        dkey = torch.bmm(query, dlogits)
+        flat_dk[part] = dkey
+        pixels += dkey.sum(0)
+        flat_dq[part] = torch.bmm(key, dlogits.mT).mul_(scale)
+    return _spread(dquery, shape, stride), dk, dv, (pixels @ -p.mT).to(position_weight.dtype)
+
+
+def _spread(maps: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    """Put the gradient of every stride-th pixel back into a full map that is zero elsewhere."""
+    if stride == 1:
+        return maps
+    full = maps.new_zeros(shape)
+    full[..., ::stride, ::stride] = maps
+    return full

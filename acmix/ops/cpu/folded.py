@@ -1,0 +1,92 @@
+"""The folded convolution path on a CPU: one grouped convolution over q, k and v, some images at a time.
+
+The grouped convolution wants the 3N maps of a channel side by side, (d, 3N), while q, k and v hold them as (N, d). The
+reordered copy is made for a few images at a time, so that it stays in the cache, and again in the backward pass.
+"""
+
+from collections.abc import Iterator
+from math import gcd
+
+import torch
+from torch import Tensor
+
+# Bytes of reordered maps in flight.
+CHUNK_BYTES = 2_500_000
+# Channels that the CPU's convolution kernels handle as one vector.
+_VECTOR = 8
+
+
+def merged_groups(heads: int, head_dim: int) -> int:
+    """How many groups to compute as one, zeros between them: N outputs a group may be too few to fill a vector.
+
+    Twice the products in half the groups is faster by a third to a half at N = 4; more merging loses.
+    """
+    merge = _VECTOR // gcd(heads, _VECTOR)
+    return merge if merge == 2 and head_dim % merge == 0 else 1
+
+
+def merge_weight(weight: Tensor, heads: int, merge: int) -> Tensor:
+    """Block-diagonal weight (N*d, merge * 3N, k, k) of `merge` neighbouring groups from (N*d, 3N, k, k)."""
+    if merge == 1:
+        return weight
+    blocks = weight.view(-1, merge, heads, *weight.shape[1:])
+    merged = weight.new_zeros(len(blocks), merge, heads, merge, *weight.shape[1:])
+    for i in range(merge):
+        merged[:, i, :, i] = blocks[:, i]
+    return merged.flatten(3, 4).flatten(0, 2)
+
+
+def split_weight(merged: Tensor, heads: int, merge: int) -> Tensor:
+    """The adjoint of `merge_weight`: the diagonal blocks."""
+    if merge == 1:
+        return merged
+    blocks = merged.view(-1, merge, heads, merge, merged.shape[1] // merge, *merged.shape[2:])
+    return torch.stack([blocks[:, i, :, i] for i in range(merge)], 1).flatten(0, 2)
+
+
+def _chunks(q: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK_BYTES // (3 * q[0].numel() * q.itemsize))
+    for start in range(0, q.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _reorder(maps: list[Tensor], head_dim: int) -> Tensor:
+    """q, k, v (b, N*d, H, W) as one map (b, d*3N, H, W)."""
+    together = torch.stack([m.unflatten(1, (-1, head_dim)) for m in maps], 1)  # (b, 3, N, d, H, W)
+    return together.permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+    """Grouped convolution of q, k, v (B, N*d, H, W) with weight (N*d, 3N, k, k): (B, N*d, Ho, Wo), channels (d, N)."""
+    heads, kernel = weight.shape[1] // 3, weight.shape[-1]
+    head_dim = weight.shape[0] // heads
+    merge = merged_groups(heads, head_dim)
+    merged, padding = merge_weight(weight, heads, merge), dilation * (kernel // 2)
+    out = q.new_empty(q.shape[0], weight.shape[0], -(-q.shape[2] // stride), -(-q.shape[3] // stride))
+    for part in _chunks(q):
+        maps = _reorder([q[part], k[part], v[part]], head_dim)
+        out[part] = torch.conv2d(maps, merged, None, stride, padding, dilation, head_dim // merge)
+    return out
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v (contiguous) and the weight."""
+    heads, kernel = weight.shape[1] // 3, weight.shape[-1]
+    head_dim = weight.shape[0] // heads
+    merge = merged_groups(heads, head_dim)
+    merged, padding = merge_weight(weight, heads, merge), dilation * (kernel // 2)
+    grads = tuple(q.new_empty(q.shape) for _ in range(3))
+    dweight = torch.zeros_like(merged, dtype=torch.promote_types(weight.dtype, torch.float32))
+    for part in _chunks(q):
+        maps = _reorder([q[part], k[part], v[part]], head_dim)
+        dmaps, share, _ = torch.ops.aten.convolution_backward(
+            grad_out[part], maps, merged, None, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0],
+            head_dim // merge, [True, True, False],
+        )  # fmt: skip
+        dweight += share
+        dmaps = dmaps.unflatten(1, (head_dim, 3, heads))
+        for i, grad in enumerate(grads):
+            grad[part].unflatten(1, (heads, head_dim)).copy_(dmaps[:, :, i].transpose(1, 2))
+    return *grads, split_weight(dweight, heads, merge).to(weight.dtype)

@@ -1,0 +1,156 @@
+"""Which implementation may run here, which one runs best, and the reason when one may not.
+
+A predicate `can_run_*` returns None or the reason, in words a person can act on. An implementation asked for by name
+runs or raises; it is never replaced. `auto` takes the first of its order of preference that can run and pays off.
+"""
+
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+ATTENTION_IMPLS = ("reference", "dense", "halo", "compiled", "triton")
+SHIFT_CONV_IMPLS = ("reference", "folded", "dense")
+MAX_BIAS_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of an implementation depends on: one call of local attention."""
+
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]  # B, C, H, W
+    head_dim: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    tracing: bool = False  # by torch.compile, not by torch.export
+    triton_refusal: str | None = None
+
+    @property
+    def keys(self) -> int:
+        return self.shape[2] * self.shape[3]
+
+    @property
+    def queries(self) -> int:
+        return -(-self.shape[2] // self.stride) * -(-self.shape[3] // self.stride)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{'×'.join(map(str, self.shape))} {dtype} on {self.device}, head_dim {self.head_dim}, kernel_size "
+            f"{self.kernel_size}, stride {self.stride}, dilation {self.dilation}"
+        )
+
+
+@functools.cache
+def cxx_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would use, or None."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def can_run_reference(problem: Problem) -> str | None:
+    """The reference runs everywhere."""
+    return None
+
+
+def can_run_dense(problem: Problem) -> str | None:
+    """Dense attention runs anywhere, as long as its bias fits."""
+    size = 4 * problem.queries * problem.keys
+    if size > MAX_BIAS_BYTES:
+        return f"its bias for {problem.queries} queries and {problem.keys} keys would take {size / 2**30:.1f} GiB"
+    return None
+
+
+def can_run_halo(problem: Problem) -> str | None:
+    """Blocks with a halo run anywhere."""
+    return None
+
+
+def can_run_compiled(problem: Problem) -> str | None:
+    """The compiled implementation needs the CPU and a C++ compiler."""
+    if problem.device != "cpu":
+        return f"it is written for the CPU, the tensors are on {problem.device}"
+    if cxx_compiler() is None:
+        return "torch.compile finds no C++ compiler (install g++ or clang++, or set CXX)"
+    return None
+
+
+def can_run_triton(problem: Problem) -> str | None:
+    """Triton's own answer for this problem."""
+    return problem.triton_refusal
+
+
+_PREDICATES: dict[str, Callable[[Problem], str | None]] = {
+    "reference": can_run_reference,
+    "dense": can_run_dense,
+    "halo": can_run_halo,
+    "compiled": can_run_compiled,
+    "triton": can_run_triton,
+}
+
+
+def pays_dense(problem: Problem) -> str | None:
+    """Why dense attention would lose against halo blocks here, or None. The crossover is measured, on a CPU."""
+    limit = problem.kernel_size**2 * (9 if problem.stride == 1 else 16)
+    if problem.keys > limit:
+        return f"{problem.keys} keys are more than the {limit} up to which it is faster than halo blocks"
+    return None
+
+
+def _declines(name: str, problem: Problem) -> str | None:
+    """Why `auto` does not take an implementation, or None."""
+    refusal = _PREDICATES[name](problem)
+    if refusal is None and name == "dense":
+        refusal = pays_dense(problem)
+    if refusal is None and name == "compiled" and not problem.tracing:
+        refusal = "auto takes it only inside torch.compile, so that eager code never waits for a compiler"
+    return refusal
+
+
+def resolve(impl: str, problem: Problem) -> str:
+    """The implementation to run.
+
+    Raises:
+        ValueError: if `impl` is unknown or cannot run this problem; the message holds the reason.
+    """
+    if impl == "auto":
+        return next(name for name in ("triton", "dense", "halo") if _declines(name, problem) is None)
+    if impl not in _PREDICATES:
+        raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(ATTENTION_IMPLS)}")
+    refusal = _PREDICATES[impl](problem)
+    if refusal is not None:
+        raise ValueError(f"impl {impl!r} cannot run local attention for {problem}: {refusal}; impl='auto' chooses one")
+    return impl
+
+
+def resolve_shift_conv(impl: str, device: str) -> str:
+    """The implementation of the convolution path to run: `folded` unless one is named.
+
+    Raises:
+        ValueError: if `impl` is unknown.
+    """
+    if impl == "auto":
+        return "folded"
+    if impl not in SHIFT_CONV_IMPLS:
+        raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(SHIFT_CONV_IMPLS)}")
+    return impl
+
+
+def announce(impl: str, problem: Problem) -> None:
+    """With ACMIX_DEBUG=1, print once for each problem which implementation runs and what the others said."""
+    if os.environ.get("ACMIX_DEBUG") == "1":
+        _announce(impl, problem)
+
+
+@functools.cache
+def _announce(impl: str, problem: Problem) -> None:
+    others = ((name, _declines(name, problem)) for name in ("triton", "dense", "halo") if name != impl)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in others if reason)
+    print(f"acmix: local_attention {problem}: {impl}" + (f" ({reasons})" if reasons else ""), file=sys.stderr)
