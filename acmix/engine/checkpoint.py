@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
@@ -78,7 +79,8 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._saves = 0
-        clean_leftovers(self.folder)
+        with _as_user_error(self.folder):
+            clean_leftovers(self.folder)
 
     def reserve(self, snapshot: Snapshot) -> None:
         """Get the host memory for copies of such a snapshot now, in the background; the first save then costs no more.
@@ -133,6 +135,10 @@ class CheckpointStore:
         Nothing is deleted; `newest`, `last` and pruning no longer see them. To be called when a run resumes, so that a
         kill before its next save does not bring the abandoned course back.
         """
+        with _as_user_error(self.folder):
+            self._rewind(step)
+
+    def _rewind(self, step: int) -> None:
         later = [(number, path) for number, path in list_checkpoints(self.folder) if number > step]
         shelf = self.folder / "abandoned"
         for number, path in sorted(later, reverse=True):
@@ -190,7 +196,7 @@ class CheckpointStore:
         replace_link(self.folder / "last", name)
         if best:
             replace_link(self.folder / "best", name)
-        self.rewind(snapshot.step)
+        self._rewind(snapshot.step)
         sync_folder(self.folder)
         self._prune(number)
 
@@ -256,6 +262,14 @@ class CheckpointStore:
             f"could not save {path}: {cause.strerror or cause}: {needed:,} bytes needed, {_free_bytes(path)} free; "
             f"{intact}; {way_out}"
         )
+
+
+@contextmanager
+def _as_user_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot change {folder}: {error.strerror}; make the run folder writable") from error
 
 
 def _free_bytes(path: Path) -> str:
