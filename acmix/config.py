@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -223,14 +224,37 @@ class Config(_Section):
         return write_yaml(self.model_dump(mode="json"))
 
 
-ROOTLESS = ("digits", "hfds/", "hfids/", "tfds/")
+DATASETS = ("digits", "cifar10", "cifar100", "folder", "imagefolder", "image_folder", "tar", "wds/", "torch/", "hfds/")
+"""Names of `data.dataset`; those with a slash are prefixes."""
+ROOTLESS = ("digits", "hfds/")
 """Datasets that need no `data.root`."""
+STREAMS = ("hfids/", "tfds/")
+"""timm's datasets that can only be read from their beginning, in an order of their own; refused."""
+
+
+def dataset_kind(dataset: str) -> str:
+    """The entry of DATASETS that serves this `data.dataset`. Raises UserError naming the nearest."""
+    prefix, slash, _ = dataset.partition("/")
+    kind = prefix.lower() + slash if slash else dataset
+    if kind in STREAMS:
+        raise UserError(
+            f"{dataset!r}: {kind} streams cannot be replayed from the middle of an epoch nor counted exactly; "
+            "use hfds/ (random access), wds/, tar or folder"
+        )
+    if kind not in DATASETS:
+        nearest = get_close_matches(dataset, DATASETS, n=1, cutoff=0)[0]
+        raise UserError(f"unknown dataset {dataset!r}; nearest: {nearest} (all: {', '.join(DATASETS)})")
+    return kind
 
 
 def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
     """Keys that are each valid and yet do not fit together: key path and what is wrong."""
     data, augment, schedule, optimizer = config.data, config.augment, config.schedule, config.optimizer
     found: list[tuple[KeyPath, str]] = []
+    try:
+        dataset_kind(data.dataset)
+    except UserError as error:
+        found.append((("data", "dataset"), str(error)))
     if schedule.warmup_epochs > schedule.epochs:
         text = f"{schedule.warmup_epochs:g} is more than schedule.epochs, {schedule.epochs}"
         found.append((("schedule", "warmup_epochs"), text))

@@ -27,10 +27,12 @@ SCHEMA = json.loads(json_schema())
 KEYS = [path for path in schema_keys(Config) if len(path) == 2]
 
 
+COMPLETE = yaml.safe_load(Config.model_validate(yaml.safe_load(BASE)).dump())
+
+
 def complete_values() -> dict[str, Any]:
-    """Every key of the schema with a valid value."""
-    config = Config.model_validate(yaml.safe_load(BASE))
-    return yaml.safe_load(config.dump())
+    """Every key of the schema with a valid value, to be changed at will."""
+    return copy.deepcopy(COMPLETE)
 
 
 def field_schema(section: Any, key: Any) -> tuple[dict[str, Any], bool]:
@@ -303,6 +305,8 @@ def test_overrides_reach_every_level_and_are_refused_twice(tmp_path: Path) -> No
         (["data.dataset=folder"], "data.root"),
         (["data.dataset=cifar10"], "data.root"),
         (["data.download=true"], "data.download"),
+        (["data.dataset=digit"], "data.dataset"),
+        (["data.dataset=tfds/mnist"], "data.dataset"),
         (["augment.scale=[0.9, 0.1]"], "augment.scale"),
         (["augment.scale=[0.9, 1.1]"], "augment.scale"),
         (["augment.ratio=[2, 1]"], "augment.ratio"),

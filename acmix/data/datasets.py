@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ import torchvision
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from acmix.config import Config, DataConfig
+from acmix.config import Config, DataConfig, dataset_kind
 from acmix.data.folders import FolderSource, check_same_classes
 from acmix.data.images import BadImage, decode_image, read_image_file
 from acmix.data.tars import shard_source, tar_source
@@ -130,17 +129,7 @@ def build_sources(config: Config) -> tuple[Source, Source, Statistics]:
 
 def build_source(data: DataConfig, split: str) -> Source:
     """One split of the configured dataset. Raises UserError."""
-    prefix, slash, _ = data.dataset.partition("/")
-    kind = prefix.lower() + slash
-    if kind in ("hfids/", "tfds/"):
-        raise UserError(
-            f"dataset {data.dataset}: {kind} streams cannot be replayed from the middle of an epoch nor counted "
-            "exactly; use hfds/ (random access), wds/, tar or folder"
-        )
-    if kind not in _BUILDERS:
-        nearest = get_close_matches(data.dataset, _BUILDERS, n=1, cutoff=0)[0]
-        raise UserError(f"unknown dataset {data.dataset!r}; nearest: {nearest} (known: {', '.join(_BUILDERS)})")
-    source = _BUILDERS[kind](data, split)
+    source = _BUILDERS[dataset_kind(data.dataset)](data, split)
     if not len(source):
         raise UserError(f"dataset {data.dataset}: the split {split} holds no images")
     return source

@@ -59,7 +59,7 @@ def _no_warnings() -> object:
 
 
 JPEG_ERROR = 4
-"""At quality 100 each of Y, Cb, Cr is off by 1/2 from the transform's rounding and 1/2 from its own; B = Y + 1.772 Cb."""
+"""Quality 100 rounds coefficients to integers: 0.29 RMS in Y and Cb, 0.6 in blue (Y + 1.772 Cb); over 6 times that."""
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -1,0 +1,156 @@
+"""Tars and WebDataset shards: read in place, hostile members refused."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from acmix.config import Config
+from acmix.data.images import BadImage
+from acmix.data.loader import build_data
+from acmix.data.tars import index_tar, shard_source, tar_source
+from acmix.errors import UserError
+
+MakeFolder = Callable[..., Path]
+MakeConfig = Callable[..., Config]
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def values(source: object) -> list[tuple[int, int]]:
+    """Grey value and target of every image."""
+    loaded = [source.load(i) for i in range(len(source))]  # type: ignore[attr-defined, arg-type]
+    return [(int(np.asarray(image)[0, 0, 0]), target) for image, target in loaded]
+
+
+def test_a_tar_with_class_folders_reads_like_the_folder(
+    tmp_path: Path, make_folder: MakeFolder, make_config: MakeConfig
+) -> None:
+    root = make_folder(tmp_path)
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}.tar", "w") as tar:
+            tar.add(root / split, arcname=".")
+    batches = []
+    for dataset in ("folder", "tar"):
+        data = build_data(make_config(data__dataset=dataset, data__root=root, data__num_workers=2))
+        batches.append([batch for update in data.train.epoch(0) for batch in update])
+        data.close()
+    assert len(batches[0]) == len(batches[1]) == 3
+    for folder, tar in zip(*batches, strict=True):
+        assert np.array_equal(folder.images, tar.images)
+        assert np.array_equal(folder.targets, tar.targets)
+
+
+def test_one_tar_per_class_and_tars_inside_a_tar_name_the_classes(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    write_tar(tmp_path / "train" / "cat.tar", {"1.png": png(10), "2.png": png(20)})
+    write_tar(tmp_path / "train" / "dog.tar", {"1.png": png(30), "sub/readme.txt": b"no image", "._1.png": b"mac"})
+    source = tar_source(tmp_path, "train")
+    assert source.classes == ["cat", "dog"]
+    assert values(source) == [(10, 0), (20, 0), (30, 1)]
+    inner = {f"{name}.tar": (tmp_path / "train" / f"{name}.tar").read_bytes() for name in ("cat", "dog")}
+    write_tar(tmp_path / "val.tar", inner)
+    assert tar_source(tmp_path, "val").classes == ["cat", "dog"]
+    assert values(tar_source(tmp_path, "val")) == [(10, 0), (20, 0), (30, 1)]
+    assert tar_source(tmp_path, "val").describe(2) == f"{tmp_path}/val.tar: dog/1.png (class dog)"
+
+
+def test_shards_pair_images_with_their_class(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-000.tar", {"a.cls": b"10\n", "a.png": png(1), "b.png": png(2), "b.cls": b"2"})
+    write_tar(tmp_path / "train-001.tar", {"x/a.png": png(3), "x/a.json": b'{"label": 10}', "x/a.txt": b"caption"})
+    source = shard_source(tmp_path, "train")
+    assert source.classes == ["2", "10"], "numbers sort as numbers"
+    assert values(source) == [(1, 1), (2, 0), (3, 1)]
+
+
+def test_shards_without_a_class_are_refused_naming_the_sample(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train.tar", {"a.png": png(1), "a.cls": b"0", "b.png": png(2)})
+    with pytest.raises(UserError, match=r"train.tar: sample b: no class"):
+        shard_source(tmp_path, "train")
+
+
+def hostile_tar(path: Path, name: str, kind: bytes, target: str = "") -> Path:
+    with tarfile.open(path, "w") as tar:
+        good = tarfile.TarInfo("cat/1.png")
+        good.size = len(png(1))
+        tar.addfile(good, io.BytesIO(png(1)))
+        bad = tarfile.TarInfo(name)
+        bad.type, bad.linkname = kind, target
+        bad.size = 3 if kind == tarfile.REGTYPE else 0
+        tar.addfile(bad, io.BytesIO(b"bad"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "target"),
+    [
+        ("../evil.png", tarfile.REGTYPE, ""),
+        ("cat/../../evil.png", tarfile.REGTYPE, ""),
+        ("cat\\..\\..\\evil.png", tarfile.REGTYPE, ""),
+        ("/tmp/evil.png", tarfile.REGTYPE, ""),
+        ("../evil", tarfile.DIRTYPE, ""),
+        ("cat/link.png", tarfile.SYMTYPE, "/etc/passwd"),
+        ("cat/inside.png", tarfile.SYMTYPE, "1.png"),
+        ("cat/hard.png", tarfile.LNKTYPE, "../../etc/passwd"),
+        ("cat/pipe.png", tarfile.FIFOTYPE, ""),
+        ("cat/device.png", tarfile.CHRTYPE, ""),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_members_that_climb_out_are_refused_by_name(
+    name: str, kind: bytes, target: str, nested: bool, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    (tmp_path / "data").mkdir()
+    path = hostile_tar(tmp_path / "data" / "train.tar", name, kind, target)
+    if nested:
+        write_tar(path, {"inner.tar": path.read_bytes()})
+    before = sorted(tmp_path.rglob("*"))
+    for dataset in ("tar", "wds/any"):
+        with pytest.raises(UserError) as caught:
+            build_data(make_config(data__dataset=dataset, data__root=tmp_path / "data"))
+        assert f"{path}: member " in str(caught.value)
+        assert name in str(caught.value)
+        assert "refused" in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_and_missing_tars_are_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train.tar", {"cat/1.png": png(1), "cat/2.png": png(2) * 50})
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"train.tar: not a readable tar file"):
+        index_tar(path)
+    path.write_bytes(b"not a tar at all, but longer than nothing" * 100)
+    with pytest.raises(UserError, match=r"train.tar: not a readable tar file"):
+        index_tar(path)
+    with pytest.raises(UserError, match=r"neither val.tar, val\*.tar nor val/\*.tar"):
+        tar_source(tmp_path, "val")
+    with pytest.raises(UserError, match=r"no such folder"):
+        tar_source(tmp_path / "gone", "val")
+    write_tar(path, {"readme.txt": b"x"})
+    with pytest.raises(UserError, match=r"no images inside"):
+        tar_source(tmp_path, "train")
+
+
+def test_a_tar_that_shrinks_after_it_was_indexed_gives_a_bad_image(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train.tar", {"cat/1.png": png(1)})
+    source = tar_source(tmp_path, "train")
+    path.write_bytes(path.read_bytes()[:520])
+    with pytest.raises(BadImage, match="ends before the member does"):
+        source.load(0)
