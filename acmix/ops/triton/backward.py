@@ -21,7 +21,7 @@ def _query_gradient_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
     grad_sb, grad_sc, grad_sy, grad_sx, q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx,
     out_sb, out_sc, out_sy, out_sx, dq_sb, dq_sc, dq_sy, dq_sx,
-    heads, height, width, out_height, out_width, step_y, step_x, to_log2, from_log2,
+    heads, height, width, out_height, out_width, step_y, step_x, to_log2,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, REACH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -48,19 +48,19 @@ def _query_gradient_kernel(
     out = tl.load(out_ptr + pixel_offsets(out_y, out_x, channel, out_sc, out_sy, out_sx, WIDE), mine, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)  # (M,)
     tl.store(delta_ptr + out_y * out_width + out_x, delta, mask=owned)
-    lse = tl.load(lse_ptr + out_y * out_width + out_x, mask=owned, other=0.0) * (from_log2 / LN2)
+    lse = tl.load(lse_ptr + out_y * out_width + out_x, mask=owned, other=0.0) * (1.0 / LN2)
     q = tl.load(q_ptr + pixel_offsets(query_y, query_x, channel, q_sc, q_sy, q_sx, WIDE), real[None, :], other=0.0)
     position_x = tl.load(position_ptr + 2 * channel, mask=real, other=0.0).to(tl.float32)
     position_y = tl.load(position_ptr + 2 * channel + 1, mask=real, other=0.0).to(tl.float32)
-    u_x = tl.sum(q.to(tl.float32) * position_x[None, :], 1)  # (M,)
-    u_y = tl.sum(q.to(tl.float32) * position_y[None, :], 1)
+    u_x = tl.sum(q.to(tl.float32) * position_x[None, :], 1) * to_log2  # (M,)
+    u_y = tl.sum(q.to(tl.float32) * position_y[None, :], 1) * to_log2
 
     slot = tl.arange(0, ROWS * COLS)
     key_x = tl.maximum(tile_x * STRIDE - REACH, 0) + slot % COLS
     key_px = key_x * step_x - 1.0
     first_y = tl.maximum(tile_y * STRIDE - REACH, 0)
     end_y = tl.minimum((tile_y + TILE_H - 1) * STRIDE + REACH + 1, height)
-    column_term = log2_count(query_x[:, None], key_x[None, :], width, REACH, DILATION) * from_log2
+    column_term = log2_count(query_x[:, None], key_x[None, :], width, REACH, DILATION)
     column_term -= u_x[:, None] * key_px[None, :] + lse[:, None]  # (M, N)
 
     dq = tl.zeros([TILE_H * TILE_W, D], tl.float32)
@@ -72,9 +72,10 @@ def _query_gradient_kernel(
         inside = ((key_y < height) & (key_x < width))[:, None] & real[None, :]
         k = tl.load(k_ptr + pixel_offsets(key_y, key_x, channel, k_sc, k_sy, k_sx, WIDE), mask=inside, other=0.0)
         v = tl.load(v_ptr + pixel_offsets(key_y, key_x, channel, v_sc, v_sy, v_sx, WIDE), mask=inside, other=0.0)
-        row_term = log2_count(query_y[:, None], key_y[None, :], height, REACH, DILATION) * from_log2
+        row_term = log2_count(query_y[:, None], key_y[None, :], height, REACH, DILATION)
         row_term -= u_y[:, None] * key_py[None, :]
-        weight = tl.exp2(dot(q, tl.trans(k), row_term + column_term, PRECISION) * to_log2)  # (M, N)
+        logits = dot(q, tl.trans(k), tl.zeros_like(column_term), PRECISION) * to_log2 + (row_term + column_term)
+        weight = tl.exp2(logits)  # (M, N)
         d_weight = dot(grad, tl.trans(v), tl.zeros_like(weight) - delta[:, None], PRECISION)
         d_logit = weight * d_weight
         moment += d_logit
@@ -94,7 +95,7 @@ def _key_gradient_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, d_position_ptr,
     grad_sb, grad_sc, grad_sy, grad_sx, q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx,
     dk_sb, dk_sc, dk_sy, dk_sx, dv_sb, dv_sc, dv_sy, dv_sx,
-    heads, height, width, out_height, out_width, step_y, step_x, to_log2, from_log2,
+    heads, height, width, out_height, out_width, step_y, step_x, to_log2,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, REACH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -128,7 +129,7 @@ def _key_gradient_kernel(
     first_y = tl.maximum((tile_y - REACH + STRIDE - 1) // STRIDE, 0)
     end_y = tl.minimum((tile_y + TILE_H - 1 + REACH) // STRIDE + 1, out_height)
     query_x = out_x * STRIDE
-    column_term = log2_count(query_x[None, :], key_x[:, None], width, REACH, DILATION) * from_log2  # (M, N)
+    column_term = log2_count(query_x[None, :], key_x[:, None], width, REACH, DILATION)  # (M, N)
 
     dk = tl.zeros([TILE_H * TILE_W, D], tl.float32)
     dv = tl.zeros([TILE_H * TILE_W, D], tl.float32)
@@ -142,11 +143,12 @@ def _key_gradient_kernel(
         grad_at = pixel_offsets(out_y, out_x, channel, grad_sc, grad_sy, grad_sx, WIDE)
         grad = tl.load(grad_ptr + grad_at, mask=inside, other=0.0)
         # an infinite lse gives a query outside the map weight zero
-        lse = tl.load(lse_ptr + out_y * out_width + out_x, mask=exists, other=-NEVER) * (from_log2 / LN2)
+        lse = tl.load(lse_ptr + out_y * out_width + out_x, mask=exists, other=-NEVER) * (1.0 / LN2)
         delta = tl.load(delta_ptr + out_y * out_width + out_x, mask=exists, other=0.0)
-        row_term = log2_count(query_y[None, :], key_y[:, None], height, REACH, DILATION) * from_log2
+        row_term = log2_count(query_y[None, :], key_y[:, None], height, REACH, DILATION)
         bias = row_term + (column_term - lse[None, :])
-        weight = tl.exp2(dot(k, tl.trans(q), bias, PRECISION) * to_log2)  # (M, N)
+        logits = dot(k, tl.trans(q), tl.zeros_like(column_term), PRECISION) * to_log2 + bias
+        weight = tl.exp2(logits)  # (M, N)
         d_weight = dot(v, tl.trans(grad), tl.zeros_like(weight) - delta[None, :], PRECISION)
         dv = dot(weight, grad, dv, PRECISION)
         dk = dot(weight * d_weight, q, dk, PRECISION)
@@ -170,7 +172,7 @@ def _query_gradient(problem: Problem, maps: tuple[Tensor, ...], position_weight:
     if problem.stride > 1:
         dq.zero_()  # the kernel visits queries only
     delta = torch.empty_like(lse)
-    arguments = problem.arguments(problem.query_tile(), (problem.out_height, problem.out_width), *maps, out, dq)
+    arguments = problem.arguments(problem.query_tile("dq"), (problem.out_height, problem.out_width), *maps, out, dq)
     strides = [step for tensor in (*maps, out, dq) for step in tensor.stride()]
     launch(_query_gradient_kernel, arguments, *maps, position_weight, out, lse, dq, delta, *strides)
     return dq, delta
@@ -180,7 +182,7 @@ def _key_gradient(problem: Problem, maps: tuple[Tensor, ...], position_weight: T
     """dk and dv in the layouts of k and v, and dP (d, 2) in float32."""
     _, q, k, v = maps
     dk, dv = (empty_like_layout(m, problem.height, problem.width) for m in (k, v))
-    arguments = problem.arguments(problem.key_tile(), (problem.height, problem.width), *maps, dk, dv)
+    arguments = problem.arguments(problem.key_tile("dkv"), (problem.height, problem.width), *maps, dk, dv)
     shares = torch.empty((math.prod(arguments["grid"]), arguments["D"], 2), dtype=torch.float32, device=q.device)
     strides = [step for tensor in (*maps, dk, dv) for step in tensor.stride()]
     launch(_key_gradient_kernel, arguments, *maps, position_weight, lse, delta, dk, dv, shares, *strides)

@@ -1,11 +1,11 @@
 """Forward kernel of local attention and its launcher.
 
 One program owns a small tile of queries of one head and streams the rows of keys that their windows touch through the
-tensor cores. A window term that depends on a row or a column alone goes into the accumulator before the product:
+tensor cores, with a running softmax in powers of two. What a logit adds to the content term splits by axis,
 
-    logit(i, j) / scale = q_i . k_j  -  u_i . p_j  +  (log count_y + log count_x) / scale        u_i = P^T q_i
+    logit(i, j) = scale (q_i . k_j - u_i . p_j) + log count_y(i, j) + log count_x(i, j)        u_i = P^T q_i
 
-so positions, reflection and the window's edge cost one addition per logit, and no (position, pixel) table exists.
+so positions, reflection and the edge of the window cost one addition per logit, and no padded copy exists.
 """
 
 import torch
@@ -21,7 +21,7 @@ from acmix.ops.triton.window import LN2, dot, locate, log2_count, pixel_offsets
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, lse_ptr,
     q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx, out_sb, out_sc, out_sy, out_sx,
-    heads, height, width, out_height, out_width, step_y, step_x, to_log2, from_log2,
+    heads, height, width, out_height, out_width, step_y, step_x, to_log2,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, REACH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -42,15 +42,15 @@ def _forward_kernel(
     q = tl.load(q_ptr + q_at, mask=real[None, :], other=0.0)  # (M, D)
     position_x = tl.load(position_ptr + 2 * channel, mask=real, other=0.0).to(tl.float32)
     position_y = tl.load(position_ptr + 2 * channel + 1, mask=real, other=0.0).to(tl.float32)
-    u_x = tl.sum(q.to(tl.float32) * position_x[None, :], 1)  # (M,)
-    u_y = tl.sum(q.to(tl.float32) * position_y[None, :], 1)
+    u_x = tl.sum(q.to(tl.float32) * position_x[None, :], 1) * to_log2  # (M,)
+    u_y = tl.sum(q.to(tl.float32) * position_y[None, :], 1) * to_log2
 
     slot = tl.arange(0, ROWS * COLS)
     first_x = tl.maximum(tile_x * STRIDE - REACH, 0)
     key_x = first_x + slot % COLS
     first_y = tl.maximum(tile_y * STRIDE - REACH, 0)
     end_y = tl.minimum((tile_y + TILE_H - 1) * STRIDE + REACH + 1, height)
-    column_term = log2_count(query_x[:, None], key_x[None, :], width, REACH, DILATION) * from_log2
+    column_term = log2_count(query_x[:, None], key_x[None, :], width, REACH, DILATION)
     column_term -= u_x[:, None] * (key_x * step_x - 1.0)[None, :]  # (M, N)
 
     highest = tl.full([TILE_H * TILE_W], -3.0e38, tl.float32)  # finite, so that a row masked so far subtracts cleanly
@@ -61,12 +61,12 @@ def _forward_kernel(
         inside = ((key_y < height) & (key_x < width))[:, None] & real[None, :]
         k = tl.load(k_ptr + pixel_offsets(key_y, key_x, channel, k_sc, k_sy, k_sx, WIDE), mask=inside, other=0.0)
         v = tl.load(v_ptr + pixel_offsets(key_y, key_x, channel, v_sc, v_sy, v_sx, WIDE), mask=inside, other=0.0)
-        row_term = log2_count(query_y[:, None], key_y[None, :], height, REACH, DILATION) * from_log2
+        row_term = log2_count(query_y[:, None], key_y[None, :], height, REACH, DILATION)
         row_term -= u_y[:, None] * (key_y * step_y - 1.0)[None, :]
-        logits = dot(q, tl.trans(k), row_term + column_term, PRECISION)  # (M, N), in units of 1 / scale
+        logits = dot(q, tl.trans(k), tl.zeros_like(column_term), PRECISION) * to_log2 + (row_term + column_term)
         higher = tl.maximum(highest, tl.max(logits, 1))
-        weight = tl.exp2(logits * to_log2 - (higher * to_log2)[:, None])
-        shrink = tl.exp2((highest - higher) * to_log2)
+        weight = tl.exp2(logits - higher[:, None])
+        shrink = tl.exp2(highest - higher)
         total = total * shrink + tl.sum(weight, 1)
         mean = dot(weight, v, mean * shrink[:, None], PRECISION)
         highest = higher
@@ -77,7 +77,7 @@ def _forward_kernel(
         out_ptr + out_at, (mean / total[:, None]).to(out_ptr.dtype.element_ty), mask=owned[:, None] & real[None, :]
     )
     lse_ptr += (image * heads + head) * out_height * out_width
-    lse = (highest * to_log2 + tl.log2(total)) * LN2
+    lse = (highest + tl.log2(total)) * LN2
     tl.store(lse_ptr + out_y * out_width + out_x, lse, mask=owned)
 
 
@@ -89,7 +89,7 @@ def forward(
     out_size = (problem.out_height, problem.out_width)
     out = empty_like_layout(q, *out_size)
     lse = torch.empty((problem.batch, problem.heads, *out_size), dtype=torch.float32, device=q.device)
-    arguments = problem.arguments(problem.query_tile(), out_size, q, k, v, out)
+    arguments = problem.arguments(problem.query_tile("forward"), out_size, q, k, v, out)
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride())
     with device_guard(q):
         launch(_forward_kernel, arguments, q, k, v, position_weight.contiguous(), out, lse, *strides)

@@ -50,23 +50,23 @@ class Problem:
     def scale(self) -> float:
         return self.head_dim**-0.5
 
-    def query_tile(self) -> Tile:
-        """The tile of a kernel that owns queries and streams keys."""
+    def query_tile(self, kernel: str) -> Tile:
+        """The tile of a kernel (forward, dq) that owns queries and streams keys."""
 
         def extent(side: int) -> int:
             return (side - 1) * self.stride + 2 * self.reach + 1
 
         window = Window(self.out_height, self.out_width, self.height, self.width, extent)
-        return choose_tile(window, self.head_dim, self.dtype, self.tf32)
+        return choose_tile(kernel, window, self.head_dim, self.dtype, self.tf32)
 
-    def key_tile(self) -> Tile:
-        """The tile of a kernel that owns keys and streams queries."""
+    def key_tile(self, kernel: str) -> Tile:
+        """The tile of a kernel (dkv) that owns keys and streams queries."""
 
         def extent(side: int) -> int:
             return (side - 1 + 2 * self.reach) // self.stride + 1
 
         window = Window(self.height, self.width, self.out_height, self.out_width, extent)
-        return choose_tile(window, self.head_dim, self.dtype, self.tf32)
+        return choose_tile(kernel, window, self.head_dim, self.dtype, self.tf32)
 
     def arguments(self, tile: Tile, tiled: tuple[int, int], *maps: Tensor) -> dict[str, Any]:
         """The keyword arguments that all kernels take alike: sizes, constants of the maths, compile-time choices."""
@@ -81,7 +81,6 @@ class Problem:
             "step_y": 2.0 / max(self.height - 1, 1),
             "step_x": 2.0 / max(self.width - 1, 1),
             "to_log2": self.scale * math.log2(math.e),
-            "from_log2": math.log(2.0) / self.scale,
             "HEAD_DIM": self.head_dim,
             "D": padded_head_dim(self.head_dim),
             "REACH": self.reach,
@@ -105,7 +104,9 @@ def launch(kernel: Any, arguments: dict[str, Any], *pointers_and_strides: Any) -
 
 def _needs_64_bits(maps: Tensor) -> bool:
     """Whether an offset inside one image can leave the range of int32, padding of the last tile included."""
-    return sum((size + 64) * abs(stride) for size, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True)) >= 2**31
+    return (
+        sum((size + 64) * abs(stride) for size, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True)) >= 2**31
+    )
 
 
 def empty_like_layout(maps: Tensor, height: int, width: int) -> Tensor:

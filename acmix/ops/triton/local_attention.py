@@ -1,7 +1,7 @@
 """Local attention on CUDA through Triton: what it can run, forward and backward as plain functions on tensors.
 
-Importing this module needs no Triton; the kernels are imported with the first call. Layout: any strides are read as they
-are, but only channels_last maps (or channel slices of one) give vector loads, several times faster than contiguous ones.
+Importing this module needs no Triton; the kernels are imported with the first call. Layout: any strides are read as
+they are, but only channels_last maps (or channel slices of one) give vector loads; prefer them.
 No atomic operations: two runs give the same bits. No buffer is larger than a map.
 """
 
@@ -41,9 +41,9 @@ def unsupported(q: Tensor, kernel_size: int, stride: int, dilation: int, head_di
 def forward(
     q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, N*d, Ho, Wo) in q's dtype and layout, and log-sum-exp of the logits (B, N, Ho, Wo) in float32, nats.
+    """Output (B, N*d, Ho, Wo) in q's dtype and layout, and the logits' log-sum-exp (B, N, Ho, Wo), float32, nats.
 
-    The log-sum-exp leaves out the terms that cancel in the softmax (the query's own position); `backward` expects it so.
+    The log-sum-exp leaves out what cancels in the softmax (the query's own position); `backward` expects it so.
     Arguments as in `acmix.ops.local_attention`; the caller has checked shapes and `unsupported`.
     """
     from acmix.ops.triton.forward import forward as run
@@ -63,7 +63,7 @@ def backward(
     stride: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, dP) of `forward`, from its inputs and both outputs; logits are computed again, not stored."""
+    """Gradients (dq, dk, dv, dP) of `forward`, from its inputs and both outputs; no logit was stored."""
     from acmix.ops.triton.backward import backward as run
 
     return run(grad_out, q, k, v, position_weight, out, lse, kernel_size, stride, dilation)

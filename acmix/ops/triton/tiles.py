@@ -53,13 +53,6 @@ def padded_head_dim(head_dim: int) -> int:
     return max(MIN_DOT, power_of_two(head_dim))
 
 
-def shape_tile(window: Window, height: int, width: int, slots: int, warps: int, stages: int) -> Tile:
-    """The tile of `height` x `width` pixels on this problem that streams about `slots` pixels a step."""
-    columns = power_of_two(min(window.extent(width), window.streamed_width))
-    rows = max(slots, MIN_DOT, columns) // columns
-    return Tile(height, width, rows, columns, warps, stages)
-
-
 def logits(window: Window, tile: Tile) -> int:
     """Logits that all programs of one head and image compute, useful or not: what the exponentials cost."""
     programs = -(-window.height // tile.height) * -(-window.width // tile.width)
@@ -67,34 +60,58 @@ def logits(window: Window, tile: Tile) -> int:
     return programs * steps * tile.height * tile.width * tile.rows * tile.columns
 
 
-def _pixels_slots_warps(head_dim: int, dtype: torch.dtype, tf32: bool) -> tuple[int, int, int]:
-    """(pixels of a tile, pixels streamed a step, warps) by padded head dimension: what fits the registers.
+@dataclass(frozen=True)
+class Budget:
+    """How much of a problem one program holds at a time: what fits the registers."""
 
-    Float32 without tf32 runs on the plain multipliers, whose operands sit in registers too: smaller pieces, more warps.
-    """
-    if dtype == torch.float32 and not tf32:
-        return {16: (32, 32, 2), 32: (32, 32, 4), 64: (32, 32, 8)}.get(head_dim, (16, 16, 8))
+    pixels: int
+    """Pixels of a tile."""
+    slots: int
+    """Pixels streamed in one step, about."""
+    warps: int
+    stages: int
+
+
+def shape_tile(window: Window, height: int, width: int, budget: Budget) -> Tile:
+    """The tile of `height` x `width` pixels on this problem that streams about `budget.slots` pixels a step."""
+    columns = power_of_two(min(window.extent(width), window.streamed_width))
+    rows = max(budget.slots, MIN_DOT, columns) // columns
+    return Tile(height, width, rows, columns, budget.warps, budget.stages)
+
+
+# Padded head dimension → budget. Found by counting instructions, registers and spills of the compiled kernels.
+_FORWARD = {16: Budget(32, 32, 1, 2), 32: Budget(32, 32, 1, 2), 64: Budget(32, 32, 2, 2), 128: Budget(32, 32, 4, 1)}
+_BACKWARD = {16: Budget(32, 32, 1, 2), 32: Budget(32, 16, 1, 2), 64: Budget(32, 16, 2, 2), 128: Budget(32, 32, 4, 1)}
+_TF32 = {16: Budget(32, 32, 2, 2), 32: Budget(32, 32, 4, 2), 64: Budget(32, 32, 4, 2)}
+# Without tensor cores the operands of a product sit in registers too: smaller pieces, more warps.
+_FLOAT32 = {16: Budget(32, 32, 2, 2), 32: Budget(32, 32, 4, 2), 64: Budget(32, 32, 8, 2)}
+_WIDEST = Budget(16, 16, 8, 1)
+
+
+def _budget(kernel: str, head_dim: int, dtype: torch.dtype, tf32: bool) -> Budget:
     if dtype == torch.float32:
-        return {16: (32, 32, 2), 32: (32, 32, 4), 64: (32, 32, 4)}.get(head_dim, (32, 16, 8))
-    return {16: (32, 32, 2), 32: (32, 32, 2), 64: (32, 32, 4)}.get(head_dim, (32, 32, 4))
+        table = _TF32 if tf32 else _FLOAT32
+    else:
+        table = _FORWARD if kernel == "forward" else _BACKWARD
+    return table.get(padded_head_dim(head_dim), _WIDEST)
 
 
-def choose_tile(window: Window, head_dim: int, dtype: torch.dtype, tf32: bool) -> Tile:
-    """The tile with the fewest logits; among equals, the one that streams the fewest pixels per pixel owned."""
+def choose_tile(kernel: str, window: Window, head_dim: int, dtype: torch.dtype, tf32: bool) -> Tile:
+    """The tile with the fewest logits for `kernel` (forward, dq or dkv); among equals, the squarest."""
     if _override:
-        return _override[-1](window)
-    pixels, slots, warps = _pixels_slots_warps(padded_head_dim(head_dim), dtype, tf32)
-    shapes = [(pixels // width, width) for width in (2, 4, 8, 16, 32) if pixels // width >= 1]
-    tiles = [shape_tile(window, height, width, slots, warps, stages=2) for height, width in shapes]
+        return _override[-1](kernel, window)
+    budget = _budget(kernel, head_dim, dtype, tf32)
+    shapes = [(budget.pixels // width, width) for width in (2, 4, 8, 16, 32) if width <= budget.pixels]
+    tiles = [shape_tile(window, *shape, budget) for shape in shapes]
     return min(tiles, key=lambda tile: (logits(window, tile), abs(tile.width - tile.height)))
 
 
-_override: list[Callable[[Window], Tile]] = []
+_override: list[Callable[[str, Window], Tile]] = []
 
 
 @contextmanager
-def forced_tile(make: Callable[[Window], Tile]) -> Iterator[None]:
-    """Use `make(window)` for every launch inside the context: how the tuning sweep tries its candidates."""
+def forced_tile(make: Callable[[str, Window], Tile]) -> Iterator[None]:
+    """Use `make(kernel, window)` for every launch inside the context: how the tuning sweep tries its candidates."""
     _override.append(make)
     try:
         yield
