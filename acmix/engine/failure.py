@@ -7,10 +7,9 @@ import time
 import traceback
 from collections.abc import Callable
 
+from acmix.engine.exits import BAD_USAGE, FAILED, end_now, leave_status
 from acmix.errors import UserError
 
-BAD_USAGE = 2
-FAILED = 1
 _GRACE_SECONDS = 10.0
 
 
@@ -41,7 +40,7 @@ def run_program(work: Callable[[], int]) -> int:
     (status 1). Under torchrun a process that fails does not linger in the teardown of its libraries.
     """
     try:
-        return work()
+        status = work()
     except Quiet as error:
         return _leave(error.status)
     except UserError as error:
@@ -53,17 +52,18 @@ def run_program(work: Callable[[], int]) -> int:
     except Exception:  # noqa: BLE001 - the outermost frame: print it once, end with a status that says so
         traceback.print_exc()
         return _leave(FAILED)
+    leave_status(status)
+    return status
 
 
 def _let_first_rank_speak(status: int) -> None:
     """Errors in a config hit every rank alike: rank 0 prints, then the launcher ends the others with SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(status))
+    signal.signal(signal.SIGTERM, lambda number, frame: end_now(status))
     time.sleep(_GRACE_SECONDS)
 
 
 def _leave(status: int) -> int:
     if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        end_now(status)
+    leave_status(status)
     return status

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from acmix.config import Config
-from acmix.engine.signals import REQUEUE
+from acmix.engine.exits import REQUEUE
 from acmix.errors import UserError
 
 RUNS = Path("runs")
@@ -73,7 +73,10 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file as a whole. UserError when it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):

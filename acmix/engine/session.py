@@ -9,14 +9,14 @@ from typing import Any, Self
 from acmix.config import Config
 from acmix.engine.checkpoint import CheckpointStore, Snapshot, load_checkpoint
 from acmix.engine.distributed import Distributed
+from acmix.engine.exits import DONE, REQUEUE
 from acmix.engine.failure import Quiet
 from acmix.engine.lock import RunLock
 from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, Choice, launcher_id, new_folder, write_atomically
-from acmix.engine.signals import REQUEUE
 from acmix.errors import UserError
 from acmix.telemetry.run_log import RunLog
 
-STATUS_NAMES = {0: "done", REQUEUE: "requeue"}
+STATUS_NAMES = {DONE: "done", REQUEUE: "requeue"}
 
 
 class Session:

@@ -9,8 +9,7 @@ import signal
 import time
 from types import FrameType
 
-REQUEUE = 75
-"""Exit status of a run that a signal stopped after it saved its checkpoint (EX_TEMPFAIL: start me again)."""
+from acmix.engine.exits import REQUEUE, end_now
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 0.5
@@ -60,7 +59,7 @@ class StopSignals:
         if self._sealed:
             return
         if not self._begun:
-            os._exit(128 + number if number == signal.SIGINT else REQUEUE)
+            end_now(128 + number if number == signal.SIGINT else REQUEUE)
         if self.received is None:
             self.received, self._since = signal.Signals(number), now
         elif now - self._since > ECHO_SECONDS:

@@ -19,16 +19,15 @@ from acmix.engine.checkpoint import Snapshot
 from acmix.engine.distributed import Verdict
 from acmix.engine.environment import describe
 from acmix.engine.evaluate import Metrics, evaluate
+from acmix.engine.exits import DONE, REQUEUE
 from acmix.engine.failure import Quiet, RunFailure
 from acmix.engine.learner import Learner
 from acmix.engine.meter import Meter
 from acmix.engine.progress import Progress, brief, identity, refuse_other_run
 from acmix.engine.session import Session
-from acmix.engine.signals import REQUEUE, StopSignals
+from acmix.engine.signals import StopSignals
 from acmix.errors import UserError
 from acmix.telemetry.paths import path_layers
-
-DONE = 0
 
 
 class Trainer:
@@ -56,6 +55,7 @@ class Trainer:
         self.total_updates = min(whole, config.schedule.steps or whole)
         self._saved_at: tuple[int, int] | None = None
         self._problem: UserError | None = None
+        self._reserved = False
 
     def resume(self, snapshot: Snapshot) -> None:
         """Continue from a checkpoint. UserError when it belongs to another network, data set, seed or global batch."""
@@ -136,6 +136,7 @@ class Trainer:
             self._restore_buffers(buffers)
         else:
             norm = learner.update(step, measure=log_row)
+            self._reserve_once()
         progress.step = step
         progress.update_in_epoch += 1
         self.meter.count()
@@ -280,6 +281,12 @@ class Trainer:
             self._problem = self._attempt(lambda: self._write(best))
         self._saved_at = (self.progress.step, self.progress.epoch)
         self.meter.restart()
+
+    def _reserve_once(self) -> None:
+        """After the first update the optimiser has its state: get the memory for copies before the first save."""
+        if self.dist.is_main and not self._reserved:
+            self._reserved = True
+            self._problem = self._attempt(lambda: self.session.store.reserve(self._snapshot()))
 
     def _write(self, best: bool) -> None:
         self.session.log.sync()

@@ -1,0 +1,48 @@
+"""torchrun with the run's own exit status: `python -m acmix.launch [torchrun's options] train.py [its arguments]`.
+
+torchrun itself ends with status 1 whatever its workers end with, and dies of SIGUSR1, which batch systems send. This
+passes SIGUSR1 on to the workers like SIGTERM, and ends with 0, 75 (stopped by a signal, saved, start me again), 2 or 1
+as they do. Everything else is torchrun's: options, restarts, several machines.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from acmix.engine.exits import DONE, FAILED, STATUS_FOLDER
+
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run torchrun in this process; returns the exit status of the run."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = run.parse_args(["--signals-to-handle", _SIGNALS, *given])
+    with tempfile.TemporaryDirectory(prefix="acmix-launch-") as folder:
+        os.environ[STATUS_FOLDER] = folder
+        try:
+            run.run(options)
+        except (ChildFailedError, SignalException) as stop:
+            status = _status_of_workers(Path(folder))
+            if status == FAILED:
+                print(f"acmix.launch: {stop}", file=sys.stderr, flush=True)
+            return status
+    return DONE
+
+
+def _status_of_workers(folder: Path) -> int:
+    """What the workers of the last attempt agree on; 1 when they do not, or left no word."""
+    found = [(int(file.name.partition("-")[0]), int(file.read_text())) for file in folder.iterdir()]
+    last = max((attempt for attempt, _ in found), default=0)
+    statuses = {status for attempt, status in found if attempt == last}
+    return statuses.pop() if len(statuses) == 1 and statuses != {DONE} else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
