@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "acmix.telemetry.paths": ("acmix.layers",),
     "acmix.telemetry": ("acmix.telemetry", "acmix.ops", "acmix.layers"),
     "acmix.engine": ("acmix.engine", "acmix.data", "acmix.telemetry", "acmix.config"),
+    "acmix.benchmark": ("acmix.benchmark", "acmix.telemetry", "acmix.layers", "acmix.ops", "models"),
     "acmix.testing": ("acmix.ops",),
     "acmix": ("acmix",),
     "models": ("models", "acmix.layers", "acmix.ops"),

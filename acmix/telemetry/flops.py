@@ -12,14 +12,18 @@ from acmix.layers.convolution import ShiftConv
 
 
 def multiply_adds(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> int:
-    """Multiply-adds of one forward pass over one input of shape `input_size`.
+    """Multiply-adds of one forward pass over one image of shape `input_size`; see `count_multiply_adds`."""
+    parameter = next(model.parameters())
+    return count_multiply_adds(model, torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+
+
+def count_multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
+    """Multiply-adds of one forward pass, in evaluation mode.
 
     Convolutions and matrix products are counted as PyTorch runs them. The paths of ACmix blocks are counted by formula,
     as the paper defines them: a folded convolution or a fused attention does other arithmetic in another time, but is
     the same model. Elementwise work (norms, activations, softmax, the position term) is not counted, as is usual.
     """
-    parameter = next(model.parameters())
-    example = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     counter = FlopCounterMode(display=False)
     paths = _PathCounts(counter)
     handles = [handle for module in model.modules() for handle in paths.watch(module)]
@@ -27,7 +31,7 @@ def multiply_adds(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224))
     try:
         model.eval()
         with torch.no_grad(), counter:
-            model(example)
+            model(*inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,21 @@
+"""Time networks, blocks and operations against each other, in one process and in turn, after a parity check.
+
+    python scripts/benchmark.py acmix_resnet26 --against resnet26
+    python scripts/benchmark.py block:64x56 --impl all --authors CLONE --against authors:block:64x56
+    python scripts/benchmark.py --suite --authors CLONE
+
+A subject is a timm model (ours or another), torchvision:NAME, authors:NAME (resnet26, swin_tiny, ...), or a part of a
+network, CHANNELSxSIZE with sSTRIDE where it strides: block:64x56, block:128x28s2, authors:block:64x56, attention:64x56,
+shift_conv:64x56. CLONE is a clone of github.com/LeapLabTHU/ACmix. The suite writes benchmarks/RESULTS.md and
+benchmarks/results-DEVICE.json.
+Exit status: 1 if an implementation differs from the reference and was therefore not timed, 2 for bad usage.
+"""
+
+import sys
+from pathlib import Path
+
+import acmix.benchmark.command as command
+import models  # noqa: F401 - registers our models with timm
+
+if __name__ == "__main__":
+    sys.exit(command.run(str(__doc__), Path(__file__).resolve().parents[1] / "benchmarks"))

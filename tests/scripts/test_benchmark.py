@@ -1,0 +1,111 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import models  # noqa: F401 - registers the models with timm
+from acmix.benchmark import command
+from acmix.ops.cpu import halo
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
+FAST = ["--steps", "2", "--batch-size", "2"]
+
+
+def run(*arguments: str | Path) -> int:
+    return command.run("benchmark", Path("benchmarks"), [*map(str, arguments), *FAST])
+
+
+def test_implementations_are_timed_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results.json"
+    status = run("block:16x8", "--impl", "dense,halo", "--against", "attention:16x8", "--mode", "both", "--json", out)
+    assert status == 0
+    results = json.loads(out.read_text())["results"]
+    assert [(r["subject"], r["impl"], r["mode"]) for r in results] == [
+        (subject, impl, mode)
+        for mode in ("train", "infer")
+        for subject, impl in (("block:16x8", "dense"), ("block:16x8", "halo"), ("attention:16x8", "auto"))
+    ]
+    for result in results:
+        assert result["n"] == 2
+        assert result["images_per_second"] == pytest.approx(2 / result["seconds_median"])
+        assert result["peak_bytes"] > 0
+        assert 0 < result["roofline_share"] < 1
+    assert results[0]["multiply_adds"] == results[1]["multiply_adds"] == (3 * 16**2 + 27 * 16 + 81 * 16 + 98 * 16) * 64
+    machine = json.loads(out.read_text())["machine"]
+    assert machine["threads"] == 1
+    assert machine["device"]
+    assert "torch" in machine["versions"]
+    header = capsys.readouterr().out.splitlines()[0]
+    expected = "subject impl mode median ms spread n images/s peak MiB MMAC roofline time ratio"
+    assert " ".join(header.split()) == expected
+
+
+def test_an_implementation_that_fails_parity_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = halo.forward
+
+    def broken(*args: Any) -> Any:
+        return sound(*args) * 1.001
+
+    monkeypatch.setattr(halo, "forward", broken)
+    out = tmp_path / "results.json"
+    assert run("attention:16x8", "--impl", "dense,halo", "--json", out) == 1
+    good, bad = json.loads(out.read_text())["results"]
+    assert good["impl"] == "dense"
+    assert good["seconds_median"] > 0
+    assert bad["impl"] == "halo"
+    assert "seconds_median" not in bad
+    assert "differs from the reference" in bad["refused"]
+    assert "it is not timed" in capsys.readouterr().out
+
+
+def test_the_authors_code_comes_from_a_clone(tmp_path: Path) -> None:
+    (tmp_path / "ResNet").mkdir()
+    (tmp_path / "ResNet" / "test_bottleneck.py").write_text(
+        "from torch import nn\nclass ACmix(nn.Conv2d):\n"
+        "    def __init__(self, inside, outside, stride):\n        super().__init__(inside, outside, 1, stride)\n"
+    )
+    out = tmp_path / "results.json"
+    before = set(sys.modules)
+    assert run("block:16x8", "--authors", tmp_path, "--against", "authors:block:16x8", "--json", out) == 0
+    ours, theirs = json.loads(out.read_text())["results"]
+    assert theirs["subject"] == "authors:block:16x8"
+    assert theirs["multiply_adds"] == ours["multiply_adds"]
+    assert not [name for name in set(sys.modules) - before if "bottleneck" in name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a model or block"),
+        (["nosuch"], "neither a model of timm"),
+        (["torchvision:nosuch"], "neither a model of timm"),
+        (["block:18x8"], "18 channels do not divide"),
+        (["block:16x3"], "too small"),
+        (["block:16x8", "--impl", "nosuch"], "unknown impl"),
+        (["block:16x8", "--impl", "triton"], "cannot run"),
+        (["resnet26", "--impl", "halo"], "takes no --impl halo"),
+        (["authors:resnet26"], "needs --authors PATH"),
+        (["authors:resnet26", "--authors", "/nowhere"], "no ResNet/test_bottleneck.py there"),
+        (["authors:nosuch", "--authors", "/nowhere"], "choose one of"),
+        (["--suite", "--out", "/nowhere"], "no such folder"),
+        (["block:16x8", "--json", "/nowhere/x.json"], "cannot write"),
+    ],
+)
+def test_bad_usage_is_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments, "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_the_command_runs_and_is_quiet_on_stderr() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "shift_conv:16x8", *FAST], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "shift_conv:16x8" in done.stdout
