@@ -76,7 +76,7 @@ class BatchReader(Dataset):
         if not read.valid.all() and read.valid.any():
             donor = int(read.valid.argmax())
             missing = np.flatnonzero(~read.valid)
-            read.images[torch.from_numpy(missing)] = read.images[donor]
+            read.images[torch.from_numpy(missing)] = read.images[donor].clone()
             read.targets[missing] = read.targets[donor]
         return read
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 from timm.data import Mixup
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, posterize, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
 from torchvision import transforms
@@ -18,6 +18,7 @@ from acmix.errors import UserError
 Transform = Callable[[Image.Image], torch.Tensor]
 """RGB image of any size → (3, S, S) float32, normalised."""
 
+_MAX_ASPECT = 16
 _UNCROPPED_SIZE = 64  # up to here images are small ones at their own size, of which validation sees all
 
 
@@ -73,7 +74,7 @@ def _crop(config: Config) -> list[Callable]:
         return [_random_resized_crop(size, augment, config.data.interpolation)]
     if augment.crop == "pad":
         resize = transforms.Resize(size, interpolation=str_to_interp_mode(config.data.interpolation))
-        return [resize, transforms.RandomCrop(size, padding=augment.pad)]
+        return [_limit_aspect, resize, transforms.RandomCrop(size, padding=augment.pad)]
     return _resize(config, size)
 
 
@@ -84,9 +85,19 @@ def _random_resized_crop(size: int, augment: AugmentConfig, interpolation: str) 
 def _resize(config: Config, shorter_side: int) -> list[Callable]:
     interpolation = str_to_interp_mode(config.data.interpolation)
     return [
+        _limit_aspect,
         transforms.Resize(shorter_side, interpolation=interpolation),
         transforms.CenterCrop(config.data.image_size),
     ]
+
+
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    """Cut the ends off a strip: resizing the shorter side of 1 × 100,000 pixels to 224 would make 5 billion."""
+    longest = _MAX_ASPECT * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, top = max(0, (image.width - longest) // 2), max(0, (image.height - longest) // 2)
+    return image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
 
 
 def _to_tensor(statistics: Statistics) -> list[Callable]:
@@ -101,6 +112,18 @@ def _auto_augment(policy: str, config: Config, statistics: Statistics) -> Callab
     }
     makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
     try:
-        return makers.get(policy.partition("-")[0], auto_augment_transform)(policy, parameters)
+        transform = makers.get(policy.partition("-")[0], auto_augment_transform)(policy, parameters)
     except (AssertionError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"augment.auto_augment: timm does not understand {policy!r} {error}".rstrip()) from None
+    groups = getattr(transform, "policy", None) or [transform.ops]
+    for operation in (operation for group in groups for operation in group):
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
+    """timm's posterize, which at full strength asks to keep 0 bits: black, but an error since Pillow 13."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits_to_keep, **options)

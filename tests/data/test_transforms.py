@@ -67,6 +67,24 @@ def test_every_auto_augment_family_varies_the_image_reproducibly(policy: str, ma
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0", "rand-m15-mmax20", "v0", "augmix-m10"])
+def test_policies_at_their_extremes_fail_for_no_image(policy: str, make_config: MakeConfig) -> None:
+    config = make_config(augment__auto_augment=policy, augment__crop="none")
+    for image in (noise(16, 16), noise(1, 1), noise(1, 40)):
+        assert len(samples(config, image, 120)) == 120
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+@pytest.mark.parametrize("crop", ["random_resized", "pad", "none"])
+def test_a_strip_one_pixel_wide_does_not_explode_when_resized(
+    size: tuple[int, int], crop: str, make_config: MakeConfig
+) -> None:
+    config = make_config(data__image_size=96, augment__crop=crop)
+    image = noise(*size)
+    assert build_val_transform(config, PLAIN)(image).shape == (3, 96, 96)
+    assert samples(config, image, 1)[0].shape == (3, 96, 96)
+
+
 @pytest.mark.parametrize("policy", ["rand-q9", "original-z3", "v0-m9", "augmix-n4"])
 def test_a_policy_timm_does_not_understand_is_refused_by_name(policy: str, make_config: MakeConfig) -> None:
     with pytest.raises(UserError, match=f"augment.auto_augment: .*{policy}"):
