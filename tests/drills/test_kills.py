@@ -1,0 +1,85 @@
+"""A live trainer, killed with SIGKILL at random instants and at each crash point of a save, resumed, ends the same."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acmix.engine.atomic import CRASH_POINTS
+
+PROMISE = "Resumed with --resume auto, the run ends bit-identical to one that was never killed, every step logged once"
+EVERYTHING = [
+    "precision.amp=bf16", "optimizer.accumulate=2", "ema.decay=0.9", "ema.warmup=true", "augment.mixup=0.4",
+    "augment.auto_augment=rand-m5-n1", "model.kwargs.drop_path_rate=0.3", "run.checkpoint_every=2", "run.keep=1",
+    "schedule.steps=12", "data.train_split=train",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kills", "ranks", "workers"),
+    [
+        pytest.param(3, 1, 0, id="one process"),
+        pytest.param(35, 1, 0, id="one process, often", marks=[pytest.mark.drill, pytest.mark.timeout(3000)]),
+        pytest.param(20, 2, 2, id="two processes", marks=[pytest.mark.drill, pytest.mark.timeout(3000)]),
+    ],
+)
+def test_trainers_killed_at_random_instants(
+    kills: int, ranks: int, workers: int, tmp_path: Path, start_training: Any, run_training: Any,
+    assert_same_run: Callable[[Path, Path], None], report: Callable[..., None],
+) -> None:  # fmt: skip
+    options = [*EVERYTHING, f"data.num_workers={workers}"]
+    began = time.monotonic()
+    run_training(tmp_path / "whole", *options, ranks=ranks)
+    whole_run = time.monotonic() - began
+    chance = random.Random(kills)
+    done, course = 0, 0
+    while done < kills:
+        folder = tmp_path / f"killed-{course}"
+        course += 1
+        finished = False
+        while not finished and done < kills:
+            programs = start_training(folder, *options, "--resume", "auto", ranks=ranks)
+            time.sleep(chance.uniform(0.05, 0.9) * whole_run)
+            finished = all(program.is_over() for program in programs)
+            for program in programs:
+                program.kill_all()
+            statuses = [program.wait() for program in programs]
+            assert set(statuses) <= {0, -9}, [program.errors for program in programs]
+            done += not finished
+        run_training(folder, *options, "--resume", "auto", ranks=ranks)
+        assert_same_run(tmp_path / "whole", folder)
+    report(f"SIGKILL of a training run at a random instant ({ranks} process(es))", PROMISE, done, kills)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "background"),
+    [
+        pytest.param(1, True, id="once"),
+        pytest.param(4, True, id="in the background", marks=[pytest.mark.drill, pytest.mark.timeout(3000)]),
+        pytest.param(5, False, id="in the foreground", marks=[pytest.mark.drill, pytest.mark.timeout(3000)]),
+    ],
+)
+def test_trainers_killed_at_each_crash_point_of_a_save(
+    rounds: int, background: bool, tmp_path: Path, run_training: Any, assert_same_run: Callable[[Path, Path], None],
+    report: Callable[..., None],
+) -> None:  # fmt: skip
+    """`before_write` is the kill between log and save: the step's rows are on disk, its checkpoint is not."""
+    options = [*EVERYTHING, f"run.background_save={str(background).lower()}"]
+    run_training(tmp_path / "whole", *options)
+    points = [point for point in CRASH_POINTS if point != "mid_replace"]  # a trainer saves no step twice
+    for turn in range(rounds):
+        folder = tmp_path / f"killed-{turn}"
+        for point in points:
+            # One course meets all points, each in a later attempt: the first save prunes nothing, so take the second.
+            crash = {"ACMIX_CRASH_AT": f"{point}:{2 if point == 'pruning' else 1 + turn % 2}"}
+            run_training(folder, *options, "--resume", "auto", env=crash, status=-9)
+            if point in ("after_rename", "pruning"):
+                run_training(folder, *options, "--resume", "auto")
+                assert_same_run(tmp_path / "whole", folder)
+                folder = tmp_path / f"killed-{turn}-{point}"
+    report(
+        "SIGKILL of a training run at each crash point of a save", PROMISE, rounds * len(points), rounds * len(points)
+    )
