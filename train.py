@@ -65,6 +65,8 @@ def train(config: Config, choice: Choice, signals: StopSignals, *, dry_run: bool
         return model
 
     with Distributed.start(config.run) as dist, Session(choice, config, dist) as session:
+        if not dry_run:
+            signals.begin()
         set_up_torch(config.run, dist.device)
         snapshot = session.load()
         data = dist.together(lambda: build_data(config, rank=dist.rank, world_size=dist.world_size))

@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = run.parse_args(["--signals-to-handle", _SIGNALS, *given])
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ[STATUS_FOLDER] = folder
         try:
             run.run(options)
-        except (ChildFailedError, SignalException) as stop:
+        except (ChildFailedError, SignalException, RendezvousError) as stop:
             status = _status_of_workers(Path(folder))
             if status == FAILED:
                 print(f"acmix.launch: {stop}", file=sys.stderr, flush=True)

@@ -19,8 +19,8 @@ ECHO_SECONDS = 0.5
 class StopSignals:
     """Watches for SIGTERM, SIGUSR1, SIGINT and, under torchrun, for the launcher's death.
 
-    Until `begin` there is nothing to save: a signal ends the process at once, with the status that asks for a requeue.
-    From then on the first signal asks for a stop at the next step boundary; a second one, later than `ECHO_SECONDS`
+    Until `begin`, when all processes have met, a signal ends this one at once, with the status that asks for a requeue:
+    there is nothing to save, and nobody waits for it. From then on the first signal asks for a stop at the next step boundary; a second one, later than `ECHO_SECONDS`
     after the first, ends the process with the signal's own default action.
     """
 

@@ -77,7 +77,6 @@ class Trainer:
             raise explain_worker_death(error) or error from None
 
     def _run(self) -> int:
-        self.signals.begin()
         self._log_start()
         status = self._fit()
         self.session.finish(status, self._outcome())
