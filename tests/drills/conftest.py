@@ -208,21 +208,3 @@ def assert_same_run() -> Callable[[Path, Path], None]:
         assert logged_curves(whole) == logged_curves(resumed)
 
     return check
-
-
-@pytest.fixture
-def report(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Write down a drill's count: `report(drill, promise, survived, tried)`.
-
-    Appended as a JSON line to the file in ACMIX_DRILL_REPORT, if set; scripts/drill_table.py makes the table of it.
-    """
-    test = f"tests/drills/{request.path.name}::{request.function.__name__}"
-
-    def write(drill: str, promise: str, survived: int | str, tried: int | None = None) -> None:
-        file = os.environ.get("ACMIX_DRILL_REPORT")
-        if file:
-            row = {"drill": drill, "promise": promise, "test": test, "survived": survived, "tried": tried}
-            with open(file, "a") as report_file:
-                report_file.write(json.dumps(row) + "\n")
-
-    return write

@@ -1,0 +1,107 @@
+"""Rerun the fault drills and write their counts into docs/RELIABILITY.md.
+
+    python scripts/run_drills.py [--quick] [--report FILE.jsonl] [--no-run]
+
+--quick: the subset of the default test run. --report: keep the counts in this file. --no-run: only write the table from
+it. Exit status: 0 every drill passed; 1 some failed (the table is left as it was); 2 bad usage.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acmix.engine.arguments import Arguments
+from acmix.engine.failure import run_program
+from acmix.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "RELIABILITY.md"
+BEGIN, END = "<!-- drills: begin -->", "<!-- drills: end -->"
+PLACES = ("tests/drills", "tests/engine", "tests/data", "tests/scripts", "tests/test_config.py")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run_program(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run the drills as asked and write the table; returns the exit status."""
+    parser = Arguments(prog="run_drills.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the subset of the default test run")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="where to keep the counts")
+    parser.add_argument("--no-run", action="store_true", help="only write the table from --report FILE")
+    options = parser.parse_args(arguments)
+    if options.no_run:
+        if options.report is None or not options.report.is_file():
+            raise UserError("--no-run needs --report FILE, with the counts of an earlier run")
+        write_table(options.report)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        counts = options.report or Path(folder) / "drills.jsonl"
+        counts.unlink(missing_ok=True)
+        marks = "not slow and not gpu" + (" and not drill" if options.quick else "")
+        command = [sys.executable, "-m", "pytest", "-m", marks, "--timeout", "3600", "-q", *PLACES]
+        ended = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "ACMIX_DRILL_REPORT": str(counts.absolute())}, check=False
+        )
+        if ended.returncode != 0:
+            return 1
+        write_table(counts)
+    return 0
+
+
+def write_table(counts: Path) -> None:
+    """Replace the table in docs/RELIABILITY.md. Raises UserError where its place is not marked."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{DOCUMENT}: the lines {BEGIN} and {END} that hold the table's place are missing")
+    rows = [json.loads(line) for line in counts.read_text(encoding="utf-8").splitlines()]
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{render(rows)}\n\n{describe_machine()}\n\n{END}{after}", encoding="utf-8")
+    print(f"Wrote {len({row['drill'] for row in rows})} drills to {DOCUMENT.relative_to(ROOT)}")
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table with one line per drill: promise, tests, survived / tried."""
+    drills: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        total = drills.setdefault(row["drill"], {"promise": row["promise"], "tests": {}, "survived": 0, "tried": 0})
+        total["survived"] += row["survived"]
+        total["tried"] += row["tried"]
+        total["tests"][row["test"]] = None
+    lines = ["| Drill | Promise | Test | Survived / tried |", "| --- | --- | --- | ---: |"]
+    for name, total in sorted(drills.items()):
+        tests = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in sorted(total["tests"]))
+        lines.append(f"| {name} | {total['promise']} | {tests} | {total['survived']:,} / {total['tried']:,} |")
+    return "\n".join(lines)
+
+
+def describe_machine() -> str:
+    """Date, versions and processor of the machine that ran the drills."""
+    names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
+    processor = f"{len(names)} × {names[0]}" if names else platform.machine()
+    return (
+        f"Run on {time.strftime('%Y-%m-%d')} with Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{platform.system()} {platform.release()}, {processor}."
+    )
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
