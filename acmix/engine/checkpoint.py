@@ -126,8 +126,18 @@ class CheckpointStore:
             raise error
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose files all agree with its manifest; warns on stderr of each newer, damaged one."""
-        return newest_sound(self.folder)
+        """The newest checkpoint whose files all agree with its manifest; warns on stderr of each newer, damaged one.
+
+        None where there is no checkpoint at all. Raises UserError where there are some and none is sound: a run must not
+        begin again as if there had been nothing.
+        """
+        newest = newest_sound(self.folder)
+        if newest is None and list_checkpoints(self.folder):
+            raise UserError(
+                f"{self.folder}: none of its checkpoints is sound (see the warnings); begin again with another run.dir, or "
+                f"move {self.folder} away to begin again here"
+            )
+        return newest
 
     def rewind(self, step: int) -> None:
         """Set checkpoints later than `step` aside in `checkpoints/abandoned/`: the run goes on from `step`.

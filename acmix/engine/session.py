@@ -94,7 +94,7 @@ class Session:
         """The checkpoint to continue from; an unfinished run without one begins again in its folder."""
         if self.choice.checkpoint is None:
             return None
-        if self.choice.folder is not None:
+        if self.choice.folder is not None and self.choice.folder.is_dir():  # a new one only once nothing is wrong
             self._lock(self.choice.folder)
         path = self.choice.checkpoint
         return self._open_store(path).newest() if path == self.choice.folder else path

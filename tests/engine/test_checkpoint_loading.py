@@ -120,7 +120,9 @@ def test_no_sound_checkpoint_at_all_is_said(run_dir: Path, capfd: pytest.Capture
         truncate_training(run_dir / "checkpoints" / f"step_{step:08d}")
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         load_checkpoint(run_dir)
-    assert capfd.readouterr().err.count("warning: checkpoint left out") == 3
+    with pytest.raises(UserError, match=r"none of its checkpoints is sound .* another run\.dir"):
+        CheckpointStore(run_dir, 9, background=False, on_error="stop").newest()
+    assert capfd.readouterr().err.count("warning: checkpoint left out") == 6
 
 
 def test_a_missing_checkpoint_says_what_to_give(tmp_path: Path) -> None:
