@@ -128,14 +128,14 @@ class CheckpointStore:
     def newest(self) -> Path | None:
         """The newest checkpoint whose files all agree with its manifest; warns on stderr of each newer, damaged one.
 
-        None where there is no checkpoint at all. Raises UserError where there are some and none is sound: a run must not
-        begin again as if there had been nothing.
+        None where there is no checkpoint at all. Raises UserError where there are some and none is sound: a run must
+        not begin again as if there had been nothing.
         """
         newest = newest_sound(self.folder)
         if newest is None and list_checkpoints(self.folder):
             raise UserError(
-                f"{self.folder}: none of its checkpoints is sound (see the warnings); begin again with another run.dir, or "
-                f"move {self.folder} away to begin again here"
+                f"{self.folder}: none of its checkpoints is sound (see the warnings); begin again with another run.dir, "
+                f"or move {self.folder} away to begin again here"
             )
         return newest
 
