@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 ATTENTION_IMPLS = ("reference", "dense", "halo", "compiled", "triton")
-SHIFT_CONV_IMPLS = ("reference", "folded", "dense")
+SHIFT_CONV_IMPLS = ("reference", "folded", "compiled", "dense")
 MAX_BIAS_BYTES = 2**30
 
 
@@ -48,10 +48,15 @@ class Problem:
         )
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def cxx_compiler() -> str | None:
-    """Path of the C++ compiler that torch.compile would use, or None."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    """Path of the C++ compiler, $CXX or else the first found, or None."""
+    return _find_cxx()
+
+
+@functools.cache
+def _find_cxx() -> str | None:
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
     return next((path for path in map(shutil.which, names) if path), None)
 
 
@@ -75,10 +80,14 @@ def can_run_halo(problem: Problem) -> str | None:
 
 def can_run_compiled(problem: Problem) -> str | None:
     """The compiled implementation needs the CPU and a C++ compiler."""
-    if problem.device != "cpu":
-        return f"it is written for the CPU, the tensors are on {problem.device}"
+    return _no_compiled(problem.device)
+
+
+def _no_compiled(device: str) -> str | None:
+    if device != "cpu":
+        return f"it is written for the CPU, the tensors are on {device}"
     if cxx_compiler() is None:
-        return "torch.compile finds no C++ compiler (install g++ or clang++, or set CXX)"
+        return "there is no C++ compiler (install g++ or clang++, or set CXX)"
     return None
 
 
@@ -96,11 +105,17 @@ _PREDICATES: dict[str, Callable[[Problem], str | None]] = {
 }
 
 
+_PREFERENCE = ("triton", "dense", "compiled", "halo")
+
+
 def pays_dense(problem: Problem) -> str | None:
-    """Why dense attention would lose against halo blocks here, or None. The crossover is measured, on a CPU."""
-    limit = problem.kernel_size**2 * (9 if problem.stride == 1 else 16)
+    """Why dense attention would lose against its rival here, or None. The crossovers are measured, on a CPU."""
+    if problem.tracing and can_run_compiled(problem) is None:
+        limit, rival = 4 * problem.kernel_size**2, "compiled"
+    else:
+        limit, rival = problem.kernel_size**2 * (9 if problem.stride == 1 else 16), "halo"
     if problem.keys > limit:
-        return f"{problem.keys} keys are more than the {limit} up to which it is faster than halo blocks"
+        return f"{problem.keys} keys are more than the {limit} up to which it is faster than {rival}"
     return None
 
 
@@ -121,7 +136,7 @@ def resolve(impl: str, problem: Problem) -> str:
         ValueError: if `impl` is unknown or cannot run this problem; the message holds the reason.
     """
     if impl == "auto":
-        return next(name for name in ("triton", "dense", "halo") if _declines(name, problem) is None)
+        return next(name for name in _PREFERENCE if _declines(name, problem) is None)
     if impl not in _PREDICATES:
         raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(ATTENTION_IMPLS)}")
     refusal = _PREDICATES[impl](problem)
@@ -130,17 +145,25 @@ def resolve(impl: str, problem: Problem) -> str:
     return impl
 
 
-def resolve_shift_conv(impl: str, device: str) -> str:
-    """The implementation of the convolution path to run: `folded` unless one is named.
+def resolve_shift_conv(impl: str, device: str, tracing: bool) -> str:
+    """The implementation of the convolution path to run: `compiled` inside torch.compile on a CPU, `folded` elsewhere.
 
     Raises:
-        ValueError: if `impl` is unknown.
+        ValueError: if `impl` is unknown or cannot run on this device; the message holds the reason.
     """
+    refusal = _no_compiled(device)
     if impl == "auto":
-        return "folded"
+        return "compiled" if tracing and refusal is None else "folded"
     if impl not in SHIFT_CONV_IMPLS:
         raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(SHIFT_CONV_IMPLS)}")
+    if impl == "compiled" and refusal is not None:
+        raise ValueError(f"impl 'compiled' cannot run the convolution path: {refusal}; impl='auto' chooses one")
     return impl
+
+
+def tracing() -> bool:
+    """Whether torch.compile is tracing the caller; torch.export, whose result outlives this machine, does not count."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def announce(impl: str, problem: Problem) -> None:
@@ -151,6 +174,6 @@ def announce(impl: str, problem: Problem) -> None:
 
 @functools.cache
 def _announce(impl: str, problem: Problem) -> None:
-    others = ((name, _declines(name, problem)) for name in ("triton", "dense", "halo") if name != impl)
+    others = ((name, _declines(name, problem)) for name in _PREFERENCE if name != impl)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in others if reason)
     print(f"acmix: local_attention {problem}: {impl}" + (f" ({reasons})" if reasons else ""), file=sys.stderr)

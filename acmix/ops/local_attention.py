@@ -45,24 +45,24 @@ def local_attention(
         ValueError: for maps of different shapes or dtypes, channels that d does not divide, an even kernel_size, a map
             not larger than dilation * (K // 2), an unknown impl, or an impl that cannot run here (with the reason).
     """
-    q, k, v = _autocast(q, k, v)
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        q, k, v = cast_maps(torch.get_autocast_dtype(device), q, k, v)
+        with torch.autocast(device, enabled=False):
+            return local_attention(q, k, v, position_weight, kernel_size, stride, impl, dilation=dilation)
     _check(q, k, v, position_weight, kernel_size, stride, dilation)
     problem = _describe(q, position_weight, kernel_size, stride, dilation)
     choice = dispatch.resolve(impl, problem)
     if choice == "reference":
         if not torch.compiler.is_compiling():
             dispatch.announce(choice, problem)
-        with torch.autocast(q.device.type, enabled=False):
-            return reference.local_attention(q, k, v, position_weight, kernel_size, stride, dilation)
+        return reference.local_attention(q, k, v, position_weight, kernel_size, stride, dilation)
     return _forward(q, k, v, position_weight, kernel_size, stride, dilation, choice)[0]
 
 
-def _autocast(*maps: Tensor) -> tuple[Tensor, ...]:
-    device = maps[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return maps
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(m if m.dtype == torch.float64 else m.to(dtype) for m in maps)
+def cast_maps(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast does to the operands of a matrix product: to `dtype`, except from float64."""
+    return tuple(m if m.dtype == torch.float64 else m.to(dtype) for m in (q, k, v))  # type: ignore[return-value]
 
 
 def _describe(q: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int) -> dispatch.Problem:
@@ -75,7 +75,7 @@ def _describe(q: Tensor, position_weight: Tensor, kernel_size: int, stride: int,
         kernel_size=kernel_size,
         stride=stride,
         dilation=dilation,
-        tracing=torch.compiler.is_compiling() and not torch.compiler.is_exporting(),
+        tracing=dispatch.tracing(),
         triton_refusal=triton_attention.unsupported(q, kernel_size, stride, dilation, head_dim),
     )
 
@@ -116,7 +116,7 @@ def _check(
 _MODULES = {
     "dense": "acmix.ops.cpu.dense",
     "halo": "acmix.ops.cpu.halo",
-    "compiled": "acmix.ops.cpu.compiled",
+    "compiled": "acmix.ops.cpu.compiled_attention",
     "triton": "acmix.ops.triton.local_attention",
 }
 
@@ -138,8 +138,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The attended map, and the log-sum-exp of the logits where the implementation's backward pass needs it."""
     dispatch.announce(impl, _describe(q, position_weight, kernel_size, stride, dilation))
-    with torch.autocast(q.device.type, enabled=False):
-        result = _implementation(impl).forward(q, k, v, position_weight, kernel_size, stride, dilation)
+    result = _implementation(impl).forward(q, k, v, position_weight, kernel_size, stride, dilation)
     return result if impl == "triton" else (result, q.new_empty(0, dtype=torch.float32))
 
 
@@ -178,7 +177,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the position weight; logits are computed again."""
     saved = (out, lse) if impl == "triton" else ()
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False):  # a backward pass may be started under autocast
         return _implementation(impl).backward(grad_out, q, k, v, position_weight, *saved, kernel_size, stride, dilation)
 
 

@@ -1,11 +1,14 @@
 """The convolution path of the ACmix block: public operation, checks, folding, registration with torch.library."""
 
+from importlib import import_module
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from acmix.ops import dispatch, reference
-from acmix.ops.cpu import folded
+from acmix.ops.local_attention import cast_maps
 
 
 def shift_conv(
@@ -34,31 +37,35 @@ def shift_conv(
         fc_bias: (k²,) or None; it passes through the zero-padded shift, so it is no constant near the border.
         bias: (N*d,) or None.
         stride, dilation: Of the grouped convolution; its padding is dilation * (k // 2), zeros.
-        impl: `auto`, or one of `reference` (two steps), `folded` (grouped), `dense` (folded, zeros between the groups).
+        impl: `auto`, or one of `reference` (two steps), `folded` (grouped convolution), `compiled` (the same in C++, on
+            a CPU), `dense` (folded, zeros between the groups): that one runs or the call fails.
 
     Returns:
         (B, N*d, ceil(H / stride), ceil(W / stride)), channels (head_dim, head): the authors' order, which is added
         to the attention's (head, head_dim) as it is.
 
     Raises:
-        ValueError: for shapes that do not fit together, an even k, or an unknown impl.
+        ValueError: for shapes that do not fit together, an even k, an unknown impl, or an impl that cannot run here.
     """
     _check(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
-    choice = dispatch.resolve_shift_conv(impl, q.device.type)
     device = q.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (m if m.dtype == torch.float64 else m.to(dtype) for m in (q, k, v))
-    with torch.autocast(device, enabled=False):
-        if choice == "reference":
-            small = [None if w is None else w.to(q.dtype) for w in (fc_weight, shift_weight, fc_bias, bias)]
-            return reference.shift_conv(q, k, v, *small, stride, dilation)  # type: ignore[arg-type]
-        weight = torch.einsum("oiyx,im->omyx", shift_weight, fc_weight)
-        offset = None if fc_bias is None else _bias_map(fc_bias, shift_weight, q, stride, dilation)
-        out = convolve(q, k, v, weight.to(q.dtype), stride, dilation, choice)
-        if offset is not None:
-            out = out + offset.to(q.dtype)
-        return out if bias is None else out + bias.to(q.dtype)[:, None, None]
+        q, k, v = cast_maps(torch.get_autocast_dtype(device), q, k, v)
+        with torch.autocast(device, enabled=False):
+            return shift_conv(
+                q, k, v, fc_weight, shift_weight,
+                fc_bias=fc_bias, bias=bias, stride=stride, dilation=dilation, impl=impl,
+            )  # fmt: skip
+    choice = dispatch.resolve_shift_conv(impl, device, dispatch.tracing())
+    if choice == "reference":
+        fc_weight, shift_weight = fc_weight.to(q.dtype), shift_weight.to(q.dtype)
+        fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))
+        return reference.shift_conv(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
+    weight = torch.einsum("oiyx,im->omyx", shift_weight, fc_weight)
+    out = convolve(q, k, v, weight.to(q.dtype), stride, dilation, choice)
+    if fc_bias is not None:
+        out = out + _bias_map(fc_bias, shift_weight, q, stride, dilation).to(q.dtype)
+    return out if bias is None else out + bias.to(q.dtype)[:, None, None]
 
 
 def convolve(
@@ -68,7 +75,7 @@ def convolve(
     if impl == "dense":
         return _convolve_dense(q, k, v, weight, stride, dilation)
     if q.device.type == "cpu":
-        return _forward(q, k, v, weight, stride, dilation)
+        return _forward(q, k, v, weight, stride, dilation, impl)
     heads = weight.shape[1] // 3
     maps = torch.stack([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
     padding = dilation * (weight.shape[-1] // 2)
@@ -131,42 +138,47 @@ def _check(
         raise ValueError(f"stride and dilation must be at least 1, got stride {stride} and dilation {dilation}")
 
 
+_MODULES = {"folded": "acmix.ops.cpu.folded", "compiled": "acmix.ops.cpu.compiled_convolution"}
+
+
+def _implementation(impl: str) -> ModuleType:
+    return import_module(_MODULES[impl])
+
+
 @torch.library.custom_op("acmix::grouped_conv", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-    """Grouped convolution over the maps of q, k and v, which are reordered a few images at a time."""
-    with torch.autocast(q.device.type, enabled=False):
-        return folded.forward(q, k, v, weight, stride, dilation)
+def _forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
+    """Grouped convolution over the maps of q, k and v on a CPU, without a reordered copy of them all."""
+    return _implementation(impl).forward(q, k, v, weight, stride, dilation)
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
     return q.new_empty(q.shape[0], weight.shape[0], -(-q.shape[2] // stride), -(-q.shape[3] // stride))
 
 
 @torch.library.custom_op("acmix::grouped_conv_backward", mutates_args=())
 def _backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the weight; the maps are reordered again."""
-    with torch.autocast(q.device.type, enabled=False):
-        return folded.backward(grad_out, q, k, v, weight, stride, dilation)
+    """Gradients of q, k, v and the weight."""
+    with torch.autocast(q.device.type, enabled=False):  # a backward pass may be started under autocast
+        return _implementation(impl).backward(grad_out, q, k, v, weight, stride, dilation)
 
 
 @_backward.register_fake
 def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*(q.new_empty(q.shape) for _ in range(3)), weight.new_empty(weight.shape))  # type: ignore[return-value]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, stride, dilation = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = (stride, dilation)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
 
 
 def _autograd_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
-    return *_backward(grad_out, *ctx.saved_tensors, *ctx.options), None, None
+    return *_backward(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

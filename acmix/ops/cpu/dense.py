@@ -78,7 +78,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k, v (contiguous) and the position weight; the logits are computed again."""
     dim, shape, scale = position_weight.shape[0], q.shape, position_weight.shape[0] ** -0.5
-    p = positions(*shape[-2:], like=q).flatten(1)
+    p = positions(shape[-2], shape[-1], like=q).flatten(1)
     offset = position_weight.to(p.dtype) @ p
     bias = log_multiplicity(*shape[-2:], kernel_size, stride, dilation, p.dtype, q.device)
     dk, dv = q.new_empty(shape), q.new_empty(shape)

@@ -89,4 +89,4 @@ def backward(
         dmaps = dmaps.unflatten(1, (head_dim, 3, heads))
         for i, grad in enumerate(grads):
             grad[part].unflatten(1, (heads, head_dim)).copy_(dmaps[:, :, i].transpose(1, 2))
-    return *grads, split_weight(dweight, heads, merge).to(weight.dtype)
+    return grads[0], grads[1], grads[2], split_weight(dweight, heads, merge).to(weight.dtype)

@@ -115,7 +115,8 @@ class _Problem:
 
     def parts(self, itemsize: int) -> Iterator[tuple[slice, slice]]:
         """Slices of images and heads: some heads of one image, or all heads of some images."""
-        cut = Tiling.of(*(-(-n // self.dilation) for n in self.out_size), self.kernel_size, self.stride, self.tile)
+        height, width = (-(-n // self.dilation) for n in self.out_size)
+        cut = Tiling.of(height, width, self.kernel_size, self.stride, self.tile)
         step = max(1, LOGIT_BYTES // (cut.across * cut.queries * cut.keys * itemsize))
         images, heads = max(1, step // self.heads), min(step, self.heads)
         for image in range(0, self.batch, images):
@@ -285,7 +286,7 @@ def forward(
     """The attended map (B, N*d, Ho, Wo); arguments as in the public operation."""
     head_dim = position_weight.shape[0]
     problem = _problem(q, head_dim, kernel_size, stride, dilation)
-    p = positions(*q.shape[-2:], like=q)
+    p = positions(q.shape[-2], q.shape[-1], like=q)
     offset = torch.einsum("dp,pyx->dyx", position_weight.to(p.dtype), p)
     out = q.new_empty(q.shape[0], q.shape[1], *problem.out_size)
     q, k, v, split = (maps.unflatten(1, (-1, head_dim)) for maps in (q[..., ::stride, ::stride], k, v, out))
@@ -294,7 +295,7 @@ def forward(
         key, value = _pad(ws, "key", k[part], problem.reach, minus=offset), _pad(ws, "value", v[part], problem.reach)
         for at_q, at_k in problem.phases():
             target = split[part][..., *at_q]
-            cut = Tiling.of(*target.shape[-2:], kernel_size, stride, problem.tile)
+            cut = Tiling.of(target.shape[-2], target.shape[-1], kernel_size, stride, problem.tile)
             _attend(ws, q[part][..., *at_q], key[..., *at_k], value[..., *at_k], target, kernel_size, cut)
     return out
 
@@ -312,7 +313,7 @@ def backward(
     """Gradients with respect to q, k, v (contiguous) and the position weight; the logits are computed again."""
     head_dim, shape = position_weight.shape[0], q.shape
     problem = _problem(q, head_dim, kernel_size, stride, dilation)
-    p = positions(*q.shape[-2:], like=q)
+    p = positions(q.shape[-2], q.shape[-1], like=q)
     offset = torch.einsum("dp,pyx->dyx", position_weight.to(p.dtype), p)
     dq, dk, dv = (q.new_empty(shape) for _ in range(3))
     if stride > 1:
@@ -325,7 +326,7 @@ def backward(
         dkey, dvalue = ws("dkey", *key.shape).zero_(), ws("dvalue", *value.shape).zero_()
         for at_q, at_k in problem.phases():
             pieces = (g[part][..., *at_q], q[part][..., *at_q], key[..., *at_k], value[..., *at_k])
-            cut = Tiling.of(*pieces[0].shape[-2:], kernel_size, stride, problem.tile)
+            cut = Tiling.of(pieces[0].shape[-2], pieces[0].shape[-1], kernel_size, stride, problem.tile)
             grads = (split_dq[part][..., *at_q], dkey[..., *at_k], dvalue[..., *at_k])
             _attend_backward(ws, pieces, grads, kernel_size, cut)
         dkey = _unreflect(dkey, problem.reach)
