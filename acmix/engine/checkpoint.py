@@ -134,7 +134,7 @@ class CheckpointStore:
         newest = newest_sound(self.folder)
         if newest is None and list_checkpoints(self.folder):
             raise UserError(
-                f"{self.folder}: none of its checkpoints is sound (see the warnings); begin again with another run.dir, "
+                f"{self.folder}: none of its checkpoints is sound (see the warnings); begin again with another run.dir "
                 f"or move {self.folder} away to begin again here"
             )
         return newest
