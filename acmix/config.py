@@ -254,7 +254,7 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
     try:
         dataset_kind(data.dataset)
     except UserError as error:
-        found.append((("data", "dataset"), str(error)))
+        return [(("data", "dataset"), str(error))]
     if schedule.warmup_epochs > schedule.epochs:
         text = f"{schedule.warmup_epochs:g} is more than schedule.epochs, {schedule.epochs}"
         found.append((("schedule", "warmup_epochs"), text))

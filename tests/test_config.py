@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -341,6 +342,34 @@ def test_the_command_line_reports_errors_in_one_message_with_status_2(tmp_path: 
     done = subprocess.run([sys.executable, "-m", "acmix.config", str(path)], capture_output=True, text=True)
     assert done.returncode == 0
     assert yaml.safe_load(done.stdout)["run"]["name"] == "base"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--config", "{good}", "optimizer.lerning_rate=1"], "optimizer.lerning_rate"),
+        (["--config", "{good}", "data.batch_size=-1", "data.root=/no/such/folder"], "data.batch_size"),
+        (["--config", "{good}", "data.dataset=folder", "data.root=/no/such", "schedule.epochs=ten"], "schedule.epochs"),
+        (["--config", "{good}", "model.name="], "model.name"),
+        (["--config", "{broken}"], "broken.yaml:2"),
+        (["--config", "{missing}"], "missing.yaml"),
+    ],
+)
+def test_train_refuses_a_bad_config_before_anything_else(arguments: list[str], named: str, tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(BASE)
+    (tmp_path / "broken.yaml").write_text("model:\n  name: [\n")
+    paths = {name: str(tmp_path / f"{name}.yaml") for name in ("good", "broken", "missing")}
+    command = [sys.executable, str(ROOT / "train.py"), *(argument.format(**paths) for argument in arguments)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.yaml", "good.yaml"]
+    processor_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert processor_seconds < 2, "a mistake must be reported within 2 seconds, before torch is imported"
 
 
 def test_reading_a_config_does_not_import_torch() -> None:
