@@ -29,7 +29,7 @@ class Record:
         self.keep_step = keep_step
         self._pending = b""
         self._failing = False
-        self._inherited: set[tuple[str, int]] = set()
+        self._written: set[tuple[str, int]] = set()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._cut()
@@ -39,12 +39,15 @@ class Record:
             raise UserError(f"cannot write {path}: {reason}") from None
 
     def write(self, row: Mapping[str, Any]) -> Row | None:
-        """Append a row, stamped with the time; returns it as written, or None if a row kept on resume says it already.
+        """Append a row, stamped with the time; returns it as written, or None if there is one of its event and step.
 
-        A run resumed at step S logs the path weights of S again, as at every start; the record has them once.
+        A step's path weights are logged with its loss, at the end of its epoch, and after a resume: once is enough.
         """
-        if row["event"] != "start" and (row["event"], row["step"]) in self._inherited:
+        occasion = (row["event"], row["step"])
+        if occasion in self._written:
             return None
+        if row["event"] not in ("start", "end"):
+            self._written.add(occasion)
         plain: Row = {"event": row["event"], "time": round(time.time(), 3), **_plain(row)}
         self._pending += json.dumps(plain, allow_nan=False).encode() + b"\n"
         self._flush()
@@ -86,7 +89,7 @@ class Record:
         if not self.path.exists():
             return
         keep = [row for row in read_rows(self.path) if row["event"] != "end" and row["step"] <= self.keep_step]
-        self._inherited = {(row["event"], row["step"]) for row in keep}
+        self._written = {(row["event"], row["step"]) for row in keep if row["event"] != "start"}
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
             with open(temporary, "w", encoding="utf-8") as file:

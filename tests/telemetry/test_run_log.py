@@ -96,6 +96,17 @@ def test_resume_drops_later_rows_and_keeps_one_value_for_each_tag_and_step(tmp_p
     assert {step for tag, step in points if tag == "train/loss"} == set(range(1, 13))
 
 
+def test_a_step_has_one_row_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path)
+    log.start({})
+    train(log, range(1, 3))
+    log.paths(2, LAYERS, echo=True)  # the end of an epoch, right after its last update was logged
+    log.close()
+    assert [row["step"] for row in rows_of(tmp_path) if row["event"] == "paths"] == [1, 2]
+    assert "alpha/beta" in capsys.readouterr().out
+    assert set(points_on_board(tmp_path).values()) == {1}
+
+
 def test_a_torn_line_is_repaired_and_what_a_kill_took_from_tensorboard_comes_back(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     train(log, range(1, 6))
