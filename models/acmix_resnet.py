@@ -16,6 +16,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from acmix.layers import ACmix
+from models.checks import check_positive, check_rates
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -103,8 +104,8 @@ class ACmixResNet(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if base_width < 1:
-            raise ValueError(f"base_width must be at least 1, got {base_width}")
+        check_positive(base_width=base_width, in_chans=in_chans)
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"unknown stem {stem!r}: choose imagenet or cifar")
         if len(layers) != len(STAGES) or min(layers) < 1:
@@ -136,7 +137,7 @@ class ACmixResNet(nn.Module):
     ) -> None:
         channels = base_width
         reduction = 1 if isinstance(self.maxpool, nn.Identity) else 4
-        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(layers)).tolist())
+        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(layers), device="cpu").tolist())
         for index, (name, depth) in enumerate(zip(STAGES, layers, strict=True)):
             stage = nn.Sequential()
             for position in range(depth):
@@ -167,7 +168,7 @@ class ACmixResNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that order the parameters by depth, for layer-wise learning rates."""
-        return {"stem": r"^(conv1|bn1)\.", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+        return {"stem": r"^(?:conv1|bn1)\.", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -184,7 +185,9 @@ class ACmixResNet(nn.Module):
         self.num_classes = num_classes
         device = next(self.parameters()).device
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool or self.global_pool.pool_type
+            self.num_features,
+            num_classes,
+            pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
         )
         self.fc.to(device)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -250,8 +253,7 @@ class ACmixResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _create(variant: str, pretrained: bool, layers: Sequence[int], **kwargs: Any) -> nn.Module:
-    kwargs.setdefault("layers", layers)
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(ACmixResNet, variant, pretrained, **kwargs)
 
 
@@ -278,16 +280,16 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def acmix_resnet26(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ACmix-ResNet-26: 10.5 million parameters, 76.1 % top-1 on ImageNet in the paper."""
-    return _create("acmix_resnet26", pretrained, (1, 2, 4, 1), **kwargs)
+    return _create("acmix_resnet26", pretrained, **{"layers": (1, 2, 4, 1), **kwargs})
 
 
 @register_model
 def acmix_resnet38(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ACmix-ResNet-38: 14.4 million parameters, 77.4 % top-1 on ImageNet in the paper."""
-    return _create("acmix_resnet38", pretrained, (2, 3, 5, 2), **kwargs)
+    return _create("acmix_resnet38", pretrained, **{"layers": (2, 3, 5, 2), **kwargs})
 
 
 @register_model
 def acmix_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ACmix-ResNet-50: 18.3 million parameters, 77.8 % top-1 on ImageNet in the paper."""
-    return _create("acmix_resnet50", pretrained, (3, 4, 6, 3), **kwargs)
+    return _create("acmix_resnet50", pretrained, **{"layers": (3, 4, 6, 3), **kwargs})

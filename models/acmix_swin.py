@@ -16,6 +16,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from acmix.layers import ACmix, WindowAttention
+from models.checks import check_positive, check_rates
 
 
 class SwinBlock(nn.Module):
@@ -46,7 +47,7 @@ class SwinBlock(nn.Module):
         **acmix: Any,
     ) -> None:
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"{dim} channels do not divide into {heads} heads: choose embed_dim and heads that fit")
         self.shift_size = shift_size
         self.norm1 = nn.LayerNorm(dim)
@@ -176,6 +177,10 @@ class ACmixSwin(nn.Module):
         super().__init__()
         if len(heads) != len(depths) or not depths or min(depths) < 1:
             raise ValueError(f"depths and heads need one positive number a stage, got {list(depths)} and {list(heads)}")
+        check_positive(
+            img_size=img_size, patch_size=patch_size, window_size=window_size, embed_dim=embed_dim, in_chans=in_chans
+        )
+        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.patch_embed = PatchEmbed(
             img_size=img_size,
@@ -196,7 +201,9 @@ class ACmixSwin(nn.Module):
             "shift": shift,
             "impl": impl,
         }
-        drop_paths = [part.tolist() for part in torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))]
+        drop_paths = [
+            part.tolist() for part in torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        ]
         self.feature_info: list[dict[str, Any]] = []
         self.layers = nn.Sequential()
         dim, in_dim = embed_dim, embed_dim
@@ -330,8 +337,7 @@ class ACmixSwin(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _create(variant: str, pretrained: bool, depths: Sequence[int], **kwargs: Any) -> nn.Module:
-    kwargs.setdefault("depths", depths)
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     feature_cfg = {"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"}
     return build_model_with_cfg(ACmixSwin, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
@@ -360,10 +366,10 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def acmix_swin_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ACmix-Swin-T: 28.6 million parameters, 81.9 % top-1 on ImageNet in the paper."""
-    return _create("acmix_swin_tiny", pretrained, (2, 2, 6, 2), **kwargs)
+    return _create("acmix_swin_tiny", pretrained, **{"depths": (2, 2, 6, 2), **kwargs})
 
 
 @register_model
 def acmix_swin_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ACmix-Swin-S: 50.3 million parameters, 83.5 % top-1 on ImageNet in the paper."""
-    return _create("acmix_swin_small", pretrained, (2, 2, 18, 2), **kwargs)
+    return _create("acmix_swin_small", pretrained, **{"depths": (2, 2, 18, 2), **kwargs})

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from acmix.layers.attention import AttentionPath, LocalAttention
 from acmix.layers.convolution import ShiftConv
 from acmix.layers.mix import PathMix
+from acmix.ops.dispatch import ATTENTION_IMPLS
 
 
 class ACmix(nn.Module):
@@ -31,7 +32,7 @@ class ACmix(nn.Module):
         stage: 1-based stage of the network, for logs.
 
     Raises:
-        ValueError: if heads do not divide out_channels, a kernel is even, or mix or shift is unknown; at the call, for
+        ValueError: if heads do not divide out_channels, a kernel is even, or a name is unknown; at the call, for
             a map too small for the window.
     """
 
@@ -60,6 +61,8 @@ class ACmix(nn.Module):
             )
         if stride < 1 or dilation < 1:
             raise ValueError(f"stride and dilation must be at least 1, got stride {stride} and dilation {dilation}")
+        if impl not in ("auto", *ATTENTION_IMPLS):
+            raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(ATTENTION_IMPLS)}")
         head_dim = out_channels // heads
         self.in_channels, self.out_channels, self.heads, self.stride = in_channels, out_channels, heads, stride
         self.mix = PathMix(mix, stage)

@@ -1,0 +1,15 @@
+"""Checks of arguments that the networks have in common."""
+
+
+def check_rates(**rates: float) -> None:
+    """Raise ValueError unless every rate is a probability below 1."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
+
+
+def check_positive(**sizes: int | tuple[int, ...]) -> None:
+    """Raise ValueError unless every size, or every one of a pair, is at least 1."""
+    for name, size in sizes.items():
+        if min(size if isinstance(size, tuple) else (size,)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")

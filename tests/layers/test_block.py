@@ -1,0 +1,131 @@
+"""The block against the authors' tensors, and its arms, shapes, dtypes and refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from acmix import ACmix
+from acmix.ops.dispatch import ATTENTION_IMPLS
+from models import load_official
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+# Not timed here: `compiled` waits for a compiler, `triton` runs in its interpreter; their own tests hold them to the
+# reference.
+EAGER = [impl for impl in ATTENTION_IMPLS if impl not in ("compiled", "triton")]
+LIMIT = 1e-6  # float64 leaves ten orders of magnitude below it; a wrong formula does not
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got - want).detach().norm() / want.detach().norm())
+
+
+def official_gradients(block: ACmix) -> dict[str, Tensor]:
+    """Our gradients under the authors' names, in their shapes."""
+    qkv_weight = block.qkv.weight.grad[:, :, None, None].chunk(3)
+    qkv_bias = block.qkv.bias.grad.chunk(3)
+    named = {f"conv{i + 1}.weight": part for i, part in enumerate(qkv_weight)}
+    named |= {f"conv{i + 1}.bias": part for i, part in enumerate(qkv_bias)}
+    return named | {
+        "conv_p.weight": block.attention.position_weight.grad[:, :, None, None],
+        "fc.weight": block.convolution.fc_weight.grad[:, :, None, None],
+        "dep_conv.weight": block.convolution.shift_weight.grad,
+        "rate1": block.mix.alpha.grad[None],
+        "rate2": block.mix.beta.grad[None],
+    }
+
+
+@pytest.mark.parametrize("impl", ["auto", *EAGER])
+@pytest.mark.parametrize("name", ["block_a", "block_b"])
+def test_block_and_every_gradient_match_the_authors(name, impl):
+    golden = np.load(GOLDEN / f"{name}.npz")
+    tensors = {key: torch.from_numpy(golden[key]) for key in golden.files if key != "config"}
+    block = ACmix(**json.loads(str(golden["config"])), impl=impl).double()
+    load_official(block, {key[6:]: value for key, value in tensors.items() if key.startswith("param/")})
+    x = tensors["x"].requires_grad_()
+    y = block(x)
+    assert relative(y, tensors["y"]) < LIMIT
+    y.backward(tensors["grad_y"])
+    assert relative(x.grad, tensors["grad_x"]) < LIMIT
+    for key, gradient in official_gradients(block).items():
+        assert relative(gradient, tensors[f"grad/{key}"]) < LIMIT, key
+
+
+@pytest.mark.parametrize("mix", ["attention", "convolution", "sum", "convex", "learned"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_block_is_the_mix_of_its_paths(mix, stride):
+    torch.manual_seed(0)
+    block = ACmix(6, 8, heads=2, kernel_att=5, stride=stride, mix=mix).double()
+    x = torch.randn(2, 6, 7, 9, dtype=torch.float64)
+    q, k, v = torch.nn.functional.conv2d(x, block.qkv.weight[:, :, None, None], block.qkv.bias).chunk(3, 1)
+    zero = torch.zeros(())
+    attention = zero if block.attention is None else block.attention(q, k, v)
+    convolution = zero if block.convolution is None else block.convolution(q, k, v)
+    out = block(x)
+    assert out.shape == (2, 8, -(-7 // stride), -(-9 // stride))
+    torch.testing.assert_close(out, block.mix(attention, convolution))
+
+
+def test_an_arm_that_leaves_a_path_out_has_no_parameters_for_it():
+    names = {mix: " ".join(ACmix(8, 8, mix=mix).state_dict()) for mix in ("attention", "convolution")}
+    assert "convolution." not in names["attention"]
+    assert "attention." not in names["convolution"]
+
+
+def test_every_parameter_gets_a_gradient_in_every_arm():
+    for mix in ("attention", "convolution", "sum", "convex", "learned"):
+        block = ACmix(8, 8, heads=2, kernel_att=3, mix=mix)
+        block(torch.randn(2, 8, 6, 5)).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in block.parameters()), mix
+
+
+def test_the_state_dict_is_the_same_whatever_the_implementation():
+    want = {key: value.shape for key, value in ACmix(8, 8).state_dict().items()}
+    for impl in ATTENTION_IMPLS:
+        assert {key: value.shape for key, value in ACmix(8, 8, impl=impl).state_dict().items()} == want
+
+
+def test_channels_last_maps_give_the_same_result():
+    torch.manual_seed(0)
+    block = ACmix(8, 16, heads=4, kernel_att=3, dilation=2).double()
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
+    torch.testing.assert_close(block(x.contiguous(memory_format=torch.channels_last)), block(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_low_precision_and_comes_near_float32(dtype):
+    torch.manual_seed(0)
+    block = ACmix(16, 16, heads=2, kernel_att=3)
+    x = torch.randn(2, 16, 8, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        out = block(x)
+    assert out.dtype == dtype
+    # three roundings lie between input and output: projection, path, sum
+    assert relative(out.float(), block(x)) < 4 * torch.finfo(dtype).eps
+    out.float().sum().backward()
+    assert block.mix.alpha.grad.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "8 channels do not divide into 3 heads"),
+        ({"heads": 0}, "0 heads"),
+        ({"kernel_att": 4}, "kernel_att 4"),
+        ({"kernel_conv": 2}, "kernel_conv 2"),
+        ({"stride": 0}, "stride 0"),
+        ({"mix": "max"}, "unknown mix 'max'"),
+        ({"shift": "up"}, "unknown shift 'up'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_number(options, message):
+    with pytest.raises(ValueError, match=message):
+        ACmix(8, 8, **options)
+
+
+def test_a_map_too_small_for_the_window_is_refused_with_both_sizes():
+    with pytest.raises(ValueError, match=r"3×8.*kernel_size 7"):
+        ACmix(8, 8)(torch.randn(1, 8, 3, 8))

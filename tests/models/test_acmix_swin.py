@@ -1,0 +1,54 @@
+"""What is particular to ACmix-Swin: windows, paddings, sizes."""
+
+import pytest
+import timm
+import torch
+
+import models  # noqa: F401 - registers the networks
+
+SMALL = {"num_classes": 5, "embed_dim": 8, "heads": (1, 2, 2, 4), "patch_size": 2}
+
+
+def windows(model: torch.nn.Module) -> list[tuple]:
+    """Window and shift of the second block in each stage."""
+    return [(stage.blocks[1].acmix.attention.window_size, stage.blocks[1].shift_size) for stage in model.layers]
+
+
+def test_a_map_no_larger_than_the_window_is_one_window_without_a_shift():
+    model = timm.create_model("acmix_swin_tiny", img_size=(32, 48), window_size=7, **SMALL)
+    assert windows(model) == [((7, 7), (3, 3)), ((7, 7), (3, 3)), ((4, 6), (0, 0)), ((2, 3), (0, 0))]
+
+
+@pytest.mark.parametrize("window_size", [4, (4, 6)])
+def test_window_size_may_be_given(window_size):
+    model = timm.create_model("acmix_swin_tiny", img_size=64, window_size=window_size, **SMALL)
+    assert windows(model)[0] == (((4, 4), (2, 2)) if window_size == 4 else ((4, 6), (2, 3)))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 56), (31, 45), (6, 9)])
+def test_images_of_any_size_are_taken_at_the_call(size):
+    model = timm.create_model("acmix_swin_tiny", img_size=32, window_size=4, **SMALL).eval()
+    assert model(torch.randn(2, 3, *size)).shape == (2, 5)
+
+
+def test_a_network_built_for_a_size_gives_the_same_as_one_that_meets_it_at_the_call():
+    torch.manual_seed(0)
+    built, meeting = (
+        timm.create_model("acmix_swin_tiny", img_size=size, window_size=2, **SMALL).double().eval() for size in (72, 64)
+    )
+    meeting.load_state_dict(built.state_dict())
+    x = torch.randn(1, 3, 72, 72, dtype=torch.float64)
+    torch.testing.assert_close(meeting(x), built(x))
+
+
+def test_the_shift_is_undone_and_moves_nothing_but_the_windows():
+    torch.manual_seed(0)
+    model = timm.create_model("acmix_swin_tiny", img_size=32, window_size=4, mix="convolution", **SMALL)
+    model = model.double().eval()
+    x = torch.zeros(1, 16, 16, 8, dtype=torch.float64)
+    x[0, 8, 8] = torch.randn(8)
+    shifted = model.layers[0].blocks[1](x)
+    plain = model.layers[0].blocks[0]
+    plain.load_state_dict(model.layers[0].blocks[1].state_dict())
+    inner = slice(3, 13)  # away from the seam, a convolution does not see the shift
+    torch.testing.assert_close(shifted[:, inner, inner], plain(x)[:, inner, inner])
