@@ -1,0 +1,111 @@
+"""Parameter groups, learning rates and the schedule."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import models
+from acmix.config import OptimizerConfig, ScheduleConfig
+from acmix.engine.optim import build_optimizer, build_scheduler, parameter_groups, path_weight_names, peak_lr
+from acmix.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return models.create_model("acmix_resnet26", num_classes=4, stem="cifar", base_width=8)
+
+
+def group_of(model: nn.Module, config: OptimizerConfig) -> dict[str, dict]:
+    """Parameter name → its group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, config)
+    return {names[id(parameter)]: group for group in groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.8])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(network: nn.Module, layer_decay: float | None) -> None:
+    config = OptimizerConfig(weight_decay=0.05, layer_decay=layer_decay)
+    groups = parameter_groups(network, config)
+    listed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(listed) == len(set(listed)) == len(list(network.parameters()))
+    for name, group in group_of(network, config).items():
+        parameter = network.get_parameter(name)
+        if parameter.ndim <= 1 or name.endswith(".bias") or name in path_weight_names(network):
+            assert group["weight_decay"] == 0.0, name
+
+
+def test_path_weights_never_decay_and_have_their_own_rate(network: nn.Module) -> None:
+    config = OptimizerConfig(lr=0.1, weight_decay=0.5, path_lr_factor=0.25)
+    names = path_weight_names(network)
+    assert len(names) == 16
+    optimizer = build_optimizer(network, config, global_batch=8)
+    build_scheduler(optimizer, ScheduleConfig(epochs=2), updates_per_epoch=5).step_update(0)
+    mine = {id(network.get_parameter(name)) for name in names}
+    for group in optimizer.param_groups:
+        paths = {id(parameter) in mine for parameter in group["params"]}
+        assert len(paths) == 1
+        assert group["lr"] == pytest.approx(0.025 if paths == {True} else 0.1)
+        if paths == {True}:
+            assert group["weight_decay"] == 0.0
+
+
+def test_layer_decay_lowers_the_rate_towards_the_input(network: nn.Module) -> None:
+    groups = group_of(network, OptimizerConfig(layer_decay=0.5, path_lr_factor=2.0))
+    scales = [groups[name]["lr_scale"] for name in ("conv1.weight", "layer2.0.conv1.weight", "fc.weight")]
+    assert scales == sorted(scales)
+    assert scales[0] < scales[-1] == 1.0
+    alpha, neighbour = groups["layer4.0.conv2.mix.alpha"], groups["layer4.0.conv2.qkv.weight"]
+    assert alpha["lr_scale"] == pytest.approx(2.0 * neighbour["lr_scale"])
+
+
+def test_rate_scales_linearly_with_the_global_batch_where_asked() -> None:
+    assert peak_lr(OptimizerConfig(lr=0.1), global_batch=1024) == 0.1
+    assert peak_lr(OptimizerConfig(lr=0.1, lr_batch=256), global_batch=1024) == pytest.approx(0.4)
+
+
+def test_schedule_warms_up_per_update_then_follows_the_cosine() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    config = ScheduleConfig(epochs=10, warmup_epochs=0.5, warmup_lr=0.2, min_lr=0.1)
+    scheduler = build_scheduler(optimizer, config, updates_per_epoch=4)
+    rates = []
+    for update in range(40):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:2] == pytest.approx([0.2, 0.6])
+    expected = [0.1 + 0.45 * (1 + math.cos(math.pi * update / 40)) for update in range(2, 40)]
+    assert rates[2:] == pytest.approx(expected)
+
+
+def test_schedule_depends_on_the_number_of_updates_alone() -> None:
+    def rate_at(updates: list[int]) -> float:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = build_scheduler(optimizer, ScheduleConfig(epochs=3, warmup_epochs=1), updates_per_epoch=7)
+        for update in updates:
+            scheduler.step_update(update)
+        return float(optimizer.param_groups[0]["lr"])
+
+    assert rate_at(list(range(14))) == rate_at([13])
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "lamb"])
+def test_named_optimizer_takes_a_step(name: str) -> None:
+    model = timm.create_model("test_resnet", num_classes=2)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=0.1), global_batch=4)
+    before = model.get_parameter("conv1.0.weight").clone() if hasattr(model, "conv1") else None
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    assert before is None or not torch.equal(before, model.get_parameter("conv1.0.weight"))
+
+
+def test_unknown_optimizer_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.name.*'sdg'.*did you mean sgd\?"):
+        build_optimizer(nn.Linear(2, 2), OptimizerConfig(name="sdg"), global_batch=4)
+
+
+def test_betas_are_refused_where_the_optimizer_has_none() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.betas: the optimizer sgd has no betas"):
+        build_optimizer(nn.Linear(2, 2), OptimizerConfig(name="sgd", betas=(0.9, 0.99)), global_batch=4)

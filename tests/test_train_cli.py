@@ -1,0 +1,230 @@
+"""train.py's command line: bad input is refused with one message, good input leaves what the contract says."""
+
+import json
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+from acmix.engine.run_folder import launcher_id
+from acmix.engine.signals import HANDLED
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+model: {name: test_resnet}
+data: {dataset: digits, image_size: 24, batch_size: 16, val_batch_size: 120, num_workers: 0}
+augment: {crop: pad, pad: 2}
+schedule: {epochs: 2, steps: 3}
+run: {log_every: 1}
+"""
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Train]:
+    """Run train.py's main in this process, in an empty folder that holds tiny.yaml."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
+    main = runpy.run_path(str(ROOT / "train.py"))["main"]
+
+    def run(*arguments: str, config: str = "tiny.yaml") -> Outcome:
+        capfd.readouterr()
+        status = main(["--config", config, *arguments])
+        return Outcome(status, *capfd.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def make_images(root: Path, splits: dict[str, list[str]], count: int = 20) -> Path:
+    for split, classes in splits.items():
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (24, 24), (index, 3 * index, 5 * index)).save(folder / f"{index}.png")
+    return root
+
+
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    """One message, status 2, no traceback, nothing left behind."""
+    assert outcome.status == 2, outcome
+    assert outcome.err.startswith("error: ")
+    assert "Traceback" not in outcome.err + outcome.out
+    for part in parts:
+        assert part in outcome.err
+    assert sorted(path.name for path in Path().iterdir() if path.name not in ("data", "given")) == ["tiny.yaml"]
+
+
+BAD_CONFIGS = {
+    "missing": (None, ["nowhere.yaml", "no such config file"]),
+    "broken": ("model: {name: [", ["bad.yaml"]),
+    "python tag": ("model: !!python/object/apply:os.system ['touch pwned']", ["bad.yaml", "python/object"]),
+    "unknown section": (CONFIG + "optimiser: {lr: 1}", ["optimiser", "optimizer"]),
+    "unknown key": (CONFIG.replace("epochs", "epoch"), ["schedule.epoch", "schedule.epochs"]),
+    "duplicate key": (CONFIG + "run: {seed: 1}", ["run", "duplicate"]),
+    "wrong type": (CONFIG.replace("epochs: 2", "epochs: two"), ["schedule.epochs", "integer"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_config_is_refused(case: str, train: Train, tmp_path: Path) -> None:
+    text, parts = BAD_CONFIGS[case]
+    name = "nowhere.yaml"
+    if text is not None:
+        (tmp_path / "given").mkdir()
+        name = "given/bad.yaml"
+        (tmp_path / name).write_text(text)
+    assert_refused(train(config=name), *parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["data.batch_size=-1"], ["data.batch_size", "at least 1"]),
+        (["model.name=acmix_resnet62"], ["model.name", "acmix_resnet26"]),
+        (["model.num_classes=7"], ["model.num_classes", "7", "10"]),
+        (["data.dataset=folder", "data.root=nowhere"], ["nowhere"]),
+        (["optimizer.name=sdg"], ["optimizer.name", "sgd"]),
+        (["model.checkpoint=nowhere.pth"], ["nowhere.pth"]),
+        (["--resume", "nowhere"], ["--resume", "nowhere"]),
+        (["--resume"], ["--resume", "expected one argument"]),
+        (["--frobnicate"], ["--frobnicate"]),
+        (["lr=1"], ["lr", "optimizer.lr"]),
+        (["run.dir=tiny.yaml"], ["run.dir", "not a folder"]),
+        pytest.param(
+            ["run.device=cuda"], ["run.device", "auto"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_bad_value_is_refused(arguments: list[str], parts: list[str], train: Train) -> None:
+    assert_refused(train(*arguments), *parts)
+
+
+def test_classes_that_differ_or_are_empty_are_refused(train: Train, tmp_path: Path) -> None:
+    root = make_images(tmp_path / "data", {"train": ["ant", "bee"], "val": ["ant", "cow"]})
+    folder = ["data.dataset=folder", f"data.root={root}"]
+    assert_refused(train(*folder), "bee", "cow")
+    (root / "val" / "cow").rename(root / "val" / "bee")
+    for file in (root / "val" / "bee").iterdir():
+        file.unlink()
+    assert_refused(train(*folder), "bee")
+
+
+def test_run_leaves_what_the_contract_says(train: Train, tmp_path: Path) -> None:
+    outcome = train("run.dir=given", "ema.decay=0.5")
+    assert outcome.status == 0, outcome.err
+    assert "given" in outcome.out.splitlines()[0]
+    assert "given" in outcome.out.splitlines()[-1]
+    found = {path.name for path in Path("given").iterdir() if not path.name.startswith(".")}
+    assert found == {"config.yaml", "classes.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"}
+    rows = [json.loads(line) for line in Path("given/metrics.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows] == ["start", "train", "train", "train", "eval", "end"]
+    assert [row["step"] for row in rows if row["event"] == "train"] == [1, 2, 3]
+    [start] = [row for row in rows if row["event"] == "start"]
+    assert {"config", "versions", "git", "parameters", "device"} <= start.keys()
+    [evaluation] = [row for row in rows if row["event"] == "eval"]
+    assert evaluation["count"] == 360
+    assert json.loads(Path("given/summary.json").read_text())["status"] == "done"
+    last = Path("given/checkpoints/last")
+    assert last.is_symlink()
+    assert {"model.safetensors", "ema.safetensors", "manifest.json"} <= {path.name for path in last.iterdir()}
+
+
+def test_folder_that_holds_a_run_is_refused_and_left_alone(train: Train) -> None:
+    assert train("run.dir=given").status == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("given").rglob("*")}
+    assert_refused(train("run.dir=given"), "given", "--resume auto", "another run.dir")
+    assert {path: path.stat().st_mtime_ns for path in Path("given").rglob("*")} == before
+
+
+def test_auto_says_that_a_given_run_is_finished_and_begins_a_new_one_by_name(train: Train) -> None:
+    assert train("--resume", "auto", "run.dir=given").status == 0
+    outcome = train("--resume", "auto", "run.dir=given")
+    assert outcome.status == 0
+    assert "given is finished" in outcome.out
+    assert train("--resume", "auto").status == 0
+    assert train("--resume", "auto").status == 0
+    assert len(list(Path("runs/tiny").iterdir())) == 2
+
+
+def test_auto_continues_the_newest_unfinished_run(train: Train) -> None:
+    assert train("run.checkpoint_every=1").status == 0
+    [run] = Path("runs/tiny").iterdir()
+    (run / "summary.json").unlink()
+    outcome = train("--resume", "auto", "schedule.epochs=2")
+    assert outcome.status == 0, outcome.err
+    assert list(Path("runs/tiny").iterdir()) == [run]
+
+
+def test_path_resumes_a_checkpoint_in_its_run_or_in_a_new_folder(train: Train) -> None:
+    assert train("run.dir=given", "run.checkpoint_every=1").status == 0
+    second = "given/checkpoints/step_00000002"
+    branch = train("--resume", second, "run.dir=data")
+    assert branch.status == 0, branch.err
+    rows = [json.loads(line) for line in Path("data/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "train"] == [3]
+    assert train("--resume", second).status == 0
+    rows = [json.loads(line) for line in Path("given/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "train"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [("data.batch_size=8", "16 images per update"), ("run.seed=1", "run.seed"), ("model.name=test_resnet2", "model")],
+)
+def test_checkpoint_of_another_run_is_refused(change: str, part: str, train: Train) -> None:
+    assert train("run.dir=given").status == 0
+    assert_refused(train("--resume", "given", change), part)
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(train: Train, tmp_path: Path) -> None:
+    outcome = train("--dry-run", "model.name=acmix_resnet26", "model.kwargs={stem: cifar, base_width: 8}")
+    assert outcome.status == 0, outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+    for word in ("parameters", "multiply-adds", "updates", "cosine", "memory", "16 path weights"):
+        assert word in outcome.out
+
+
+def test_training_starts_from_weights_with_a_classifier_of_its_own(train: Train, tmp_path: Path) -> None:
+    assert train("run.dir=given").status == 0
+    root = make_images(tmp_path / "data", {"train": ["ant", "bee"], "val": ["ant", "bee"]})
+    outcome = train("data.dataset=folder", f"data.root={root}", "model.checkpoint=given", "schedule.steps=1")
+    assert outcome.status == 0, outcome.err
+    assert "its classifier is for other classes" in outcome.err
+
+
+def test_refusals_do_not_wait_for_torch(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    program = (
+        f"import runpy, sys; main = runpy.run_path({str(ROOT / 'train.py')!r})['main'];"
+        "status = main(['--config', 'tiny.yaml', 'optimizer.lr=fast']);"
+        "sys.exit(99 if 'torch' in sys.modules else status)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("error: command line: optimizer.lr")
+
+
+def test_launcher_has_no_name_outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launcher_id() is None
