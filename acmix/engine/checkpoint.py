@@ -99,7 +99,7 @@ class CheckpointStore:
         """
         self.wait()
         self._saves += 1
-        progress = json.dumps(snapshot.progress, indent=2).encode()
+        progress = json.dumps(snapshot.progress).encode()
         copied = self._buffers.copy(snapshot)
         number = self._saves
 

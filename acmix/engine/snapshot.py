@@ -1,6 +1,6 @@
 """The state of a run at one step, copied off the device at once so that it can be written while training goes on."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ class Snapshot:
         return int(self.progress["step"])
 
 
+# Where a value stands: the place around it and its key. A name is made of it only when something has to be refused.
+Place = tuple[Any, object]
+
+
 class SnapshotBuffers:
     """Host copies of a snapshot's tensors, kept from one save to the next: a copy then costs one memcpy per tensor.
 
@@ -35,22 +39,24 @@ class SnapshotBuffers:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, ...], Tensor] = {}
-        self._devices: set[torch.device] = set()
+        self._buffers: list[Tensor] = []  # in the order in which a snapshot's tensors are met
 
+    @torch.no_grad()
     def copy(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with every tensor copied into a buffer; the previous copy must no longer be in use.
 
         Raises TypeError, naming the place, for a value in `training` that a weights-only load would refuse.
         """
-        self._devices.clear()
+        sources: list[Tensor] = []
         copied = Snapshot(
-            model=self._copy(snapshot.model, ("model",)),
-            ema=None if snapshot.ema is None else self._copy(snapshot.ema, ("ema",)),
-            training=self._copy(snapshot.training, ("training",)),
+            model=self._replace(snapshot.model, sources, ((), "model")),
+            ema=None if snapshot.ema is None else self._replace(snapshot.ema, sources, ((), "ema")),
+            training=self._replace(snapshot.training, sources, ((), "training")),
             progress=snapshot.progress,
         )
-        for device in self._devices:
+        # One call for all tensors: a Python call for each costs more than the bytes of a small network.
+        torch._foreach_copy_(self._buffers[: len(sources)], sources, non_blocking=True)
+        for device in {source.device for source in sources if not source.is_cpu}:
             torch.accelerator.synchronize(device)
         return copied
 
@@ -59,67 +65,66 @@ class SnapshotBuffers:
 
         Fresh memory is slow on its first touch (measured: twenty times the later copies), so it is touched there.
         """
-        places = [("model", snapshot.model), ("ema", snapshot.ema), ("training", snapshot.training)]
-        wanted = [pair for place, value in places for pair in _tensors(value, (place,))]
+        tensors = list(_tensors((snapshot.model, snapshot.ema, snapshot.training)))
 
         def work() -> None:
-            for place, tensor in wanted:
-                self._buffer(tensor, place).zero_()
+            for number, tensor in enumerate(tensors):
+                self._buffer(number, tensor).zero_()
 
         return work
 
-    def _copy(self, value: Any, place: tuple[str, ...]) -> Any:
+    def _replace(self, value: Any, sources: list[Tensor], place: Place) -> Any:
+        """The same nest with buffers in place of tensors, which are appended to `sources`."""
         if isinstance(value, Tensor):
-            return self._copy_tensor(value.detach(), place)
-        if isinstance(value, Mapping):
-            return {_plain(key, place): self._copy(item, (*place, str(key))) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            items = [self._copy(item, (*place, str(index))) for index, item in enumerate(value)]
+            sources.append(value)
+            return self._buffer(len(sources) - 1, value)
+        if isinstance(value, dict):
+            return {_plain(key, place): self._replace(item, sources, (place, key)) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [self._replace(item, sources, (place, index)) for index, item in enumerate(value)]
             return items if isinstance(value, list) else tuple(items)
         return _plain(value, place)
 
-    def _copy_tensor(self, tensor: Tensor, place: tuple[str, ...]) -> Tensor:
-        buffer = self._buffer(tensor, place)
-        on_device = tensor.device.type != "cpu"
-        buffer.copy_(tensor, non_blocking=on_device)
-        if on_device:
-            self._devices.add(tensor.device)
+    def _buffer(self, number: int, tensor: Tensor) -> Tensor:
+        if number < len(self._buffers):
+            buffer = self._buffers[number]
+            if buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
+                return buffer
+        # Same strides as the original: the copy is a plain memcpy, and channels_last survives in `training`.
+        buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+        self._buffers[number : number + 1] = [buffer]
         return buffer
-
-    def _buffer(self, tensor: Tensor, place: tuple[str, ...]) -> Tensor:
-        buffer = self._buffers.get(place)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            # Same strides as the original: the copy is a plain memcpy, and channels_last survives in `training`.
-            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._buffers[place] = buffer
-        return buffer
-
-
-def _tensors(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Every tensor in a nest of dicts, lists and tuples, with the keys that lead to it."""
-    if isinstance(value, Tensor):
-        yield place, value.detach()
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(item, (*place, str(key)))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _tensors(item, (*place, str(index)))
 
 
 def state_bytes(value: Any) -> int:
     """Bytes of all tensors in a nest of dicts, lists and tuples."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(value, ()))
+    return sum(tensor.nbytes for tensor in _tensors(value))
 
 
-def _plain(value: Any, place: tuple[str, ...]) -> Any:
+_EXACT = frozenset({bool, int, float, str, torch.dtype, type(None)})
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a nest of dicts, lists and tuples, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _plain(value: Any, place: Place) -> Any:
     """The value as a built-in type: numpy's float64 is a float too, but weights-only loading refuses its pickle."""
-    if value is None or isinstance(value, bool | torch.dtype):
+    if type(value) in _EXACT:
         return value
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
     raise TypeError(
-        f"{'.'.join(place)}: cannot be saved: {type(value).__name__} is not a tensor, number, string, list, tuple or "
-        "dict"
+        f"{_name(place)}: cannot be saved: {type(value).__name__} is not a tensor, number, string, list, tuple or dict"
     )
+
+
+def _name(place: Place) -> str:
+    outer, key = place
+    return f"{_name(outer)}.{key}" if outer else str(key)
