@@ -1,8 +1,11 @@
 """Backward kernels of local attention and their launchers.
 
 Two kernels, each recomputing the weights from the saved log-sum-exp. The first owns queries as the forward does and
-writes dq and delta = sum(dO * O); the second owns keys, streams the queries that see them and writes dk, dv and its
-share of the position gradient, dP = -sum_j dk_j p_j^T, for the host to sum. Every element has one writer.
+writes dq, delta = sum(dO * O) and its share of the position gradient for the host to sum; the second owns keys, streams
+the queries that see them and writes dk and dv. Every element has one writer, so two runs give the same bits.
+
+With t_i = sum_j ds_ij (p_j - p_i), dq_i = scale (sum_j ds_ij k_j - P t_i) and dP = -scale sum_i q_i t_i^T. That p_i
+matters: sum_j ds_ij is zero only up to rounding, and p is much larger than a window.
 """
 
 import math
@@ -18,7 +21,7 @@ from acmix.ops.triton.window import LN2, NEVER, dot, locate, log2_count, pixel_o
 
 @triton.jit
 def _query_gradient_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, d_position_ptr,
     grad_sb, grad_sc, grad_sy, grad_sx, q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx,
     out_sb, out_sc, out_sy, out_sx, dq_sb, dq_sc, dq_sy, dq_sx,
     heads, height, width, out_height, out_width, step_y, step_x, to_log2,
@@ -56,43 +59,48 @@ def _query_gradient_kernel(
     u_y = tl.sum(q.to(tl.float32) * position_y[None, :], 1) * to_log2
 
     slot = tl.arange(0, ROWS * COLS)
-    key_x = tl.maximum(tile_x * STRIDE - REACH, 0) + slot % COLS
-    key_px = key_x * step_x - 1.0
+    first_x = tl.maximum(tile_x * STRIDE - REACH, 0)
+    key_x = first_x + slot % COLS
     first_y = tl.maximum(tile_y * STRIDE - REACH, 0)
     end_y = tl.minimum((tile_y + TILE_H - 1) * STRIDE + REACH + 1, height)
     column_term = log2_count(query_x[:, None], key_x[None, :], width, REACH, DILATION)
-    column_term -= u_x[:, None] * key_px[None, :] + lse[:, None]  # (M, N)
+    column_term -= u_x[:, None] * (key_x * step_x - 1.0)[None, :] + lse[:, None]  # (M, N)
 
     dq = tl.zeros([TILE_H * TILE_W, D], tl.float32)
     moment = tl.zeros([TILE_H * TILE_W, ROWS * COLS], tl.float32)  # sum of ds over rows
-    moment_y = tl.zeros([TILE_H * TILE_W, ROWS * COLS], tl.float32)  # sum of ds * y over rows
+    moment_y = tl.zeros([TILE_H * TILE_W, ROWS * COLS], tl.float32)  # sum of ds * (rows from first_y) over rows
     for start in range(first_y, end_y, ROWS):
         key_y = start + slot // COLS
-        key_py = key_y * step_y - 1.0
         inside = ((key_y < height) & (key_x < width))[:, None] & real[None, :]
         k = tl.load(k_ptr + pixel_offsets(key_y, key_x, channel, k_sc, k_sy, k_sx, WIDE), mask=inside, other=0.0)
         v = tl.load(v_ptr + pixel_offsets(key_y, key_x, channel, v_sc, v_sy, v_sx, WIDE), mask=inside, other=0.0)
         row_term = log2_count(query_y[:, None], key_y[None, :], height, REACH, DILATION)
-        row_term -= u_y[:, None] * key_py[None, :]
+        row_term -= u_y[:, None] * (key_y * step_y - 1.0)[None, :]
         logits = dot(q, tl.trans(k), tl.zeros_like(column_term), PRECISION) * to_log2 + (row_term + column_term)
         weight = tl.exp2(logits)  # (M, N)
         d_weight = dot(grad, tl.trans(v), tl.zeros_like(weight) - delta[:, None], PRECISION)
         d_logit = weight * d_weight
         moment += d_logit
-        moment_y += d_logit * key_py[None, :]
+        moment_y += d_logit * (key_y - first_y).to(tl.float32)[None, :]
         dq = dot(d_logit, k, dq, PRECISION)
 
-    # sum_j ds_ij (k_j - P p_j): the second half needs only the two moments of ds over the window
-    dq -= tl.sum(moment * key_px[None, :], 1)[:, None] * position_x[None, :]
-    dq -= tl.sum(moment_y, 1)[:, None] * position_y[None, :]
+    moment_x = moment * (slot % COLS).to(tl.float32)[None, :]
+    total = tl.sum(moment, 1)
+    t_x = (tl.sum(moment_x, 1) - total * (query_x - first_x).to(tl.float32)) * step_x  # (M,)
+    t_y = (tl.sum(moment_y, 1) - total * (query_y - first_y).to(tl.float32)) * step_y
+    dq -= t_x[:, None] * position_x[None, :] + t_y[:, None] * position_y[None, :]
     dq *= to_log2 * LN2
     dq_at = pixel_offsets(query_y, query_x, channel, dq_sc, dq_sy, dq_sx, WIDE)
     tl.store(dq_ptr + dq_at, dq.to(dq_ptr.dtype.element_ty), mask=mine)
+    program = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    d_position_ptr += program * (2 * D)
+    tl.store(d_position_ptr + 2 * channel, tl.sum(q.to(tl.float32) * t_x[:, None], 0))
+    tl.store(d_position_ptr + 2 * channel + 1, tl.sum(q.to(tl.float32) * t_y[:, None], 0))
 
 
 @triton.jit
 def _key_gradient_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, d_position_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     grad_sb, grad_sc, grad_sy, grad_sx, q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx,
     dk_sb, dk_sc, dk_sy, dk_sx, dv_sb, dv_sc, dv_sy, dv_sx,
     heads, height, width, out_height, out_width, step_y, step_x, to_log2,
@@ -158,35 +166,33 @@ def _key_gradient_kernel(
     dv_at = pixel_offsets(key_y, key_x, channel, dv_sc, dv_sy, dv_sx, WIDE)
     tl.store(dk_ptr + dk_at, dk.to(dk_ptr.dtype.element_ty), mask=mine)
     tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=mine)
-    dk = tl.where(mine, dk, 0.0)
-    program = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    d_position_ptr += program * (2 * D)
-    tl.store(d_position_ptr + 2 * channel, -tl.sum(dk * key_px[:, None], 0))
-    tl.store(d_position_ptr + 2 * channel + 1, -tl.sum(dk * key_py[:, None], 0))
 
 
-def _query_gradient(problem: Problem, maps: tuple[Tensor, ...], position_weight: Tensor, out: Tensor, lse: Tensor):
-    """dq in the layout of q, and delta (B, N, Ho, Wo)."""
+def _query_gradient(
+    problem: Problem, maps: tuple[Tensor, ...], position_weight: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq in the layout of q, delta (B, N, Ho, Wo) and dP (d, 2), the latter two in float32."""
     q = maps[1]
     dq = empty_like_layout(q, problem.height, problem.width)
     if problem.stride > 1:
         dq.zero_()  # the kernel visits queries only
     delta = torch.empty_like(lse)
     arguments = problem.arguments(problem.query_tile("dq"), (problem.out_height, problem.out_width), *maps, out, dq)
-    strides = [step for tensor in (*maps, out, dq) for step in tensor.stride()]
-    launch(_query_gradient_kernel, arguments, *maps, position_weight, out, lse, dq, delta, *strides)
-    return dq, delta
-
-
-def _key_gradient(problem: Problem, maps: tuple[Tensor, ...], position_weight: Tensor, lse: Tensor, delta: Tensor):
-    """dk and dv in the layouts of k and v, and dP (d, 2) in float32."""
-    _, q, k, v = maps
-    dk, dv = (empty_like_layout(m, problem.height, problem.width) for m in (k, v))
-    arguments = problem.arguments(problem.key_tile("dkv"), (problem.height, problem.width), *maps, dk, dv)
     shares = torch.empty((math.prod(arguments["grid"]), arguments["D"], 2), dtype=torch.float32, device=q.device)
+    strides = [step for tensor in (*maps, out, dq) for step in tensor.stride()]
+    launch(_query_gradient_kernel, arguments, *maps, position_weight, out, lse, dq, delta, shares, *strides)
+    return dq, delta, shares.sum(0)[: problem.head_dim] * -problem.scale
+
+
+def _key_gradient(
+    problem: Problem, maps: tuple[Tensor, ...], position_weight: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dk and dv in the layouts of k and v."""
+    dk, dv = (empty_like_layout(m, problem.height, problem.width) for m in maps[2:])
+    arguments = problem.arguments(problem.key_tile("dkv"), (problem.height, problem.width), *maps, dk, dv)
     strides = [step for tensor in (*maps, dk, dv) for step in tensor.stride()]
-    launch(_key_gradient_kernel, arguments, *maps, position_weight, lse, delta, dk, dv, shares, *strides)
-    return dk, dv, shares.sum(0)[: problem.head_dim]
+    launch(_key_gradient_kernel, arguments, *maps, position_weight, lse, delta, dk, dv, *strides)
+    return dk, dv
 
 
 def backward(
@@ -206,6 +212,6 @@ def backward(
     weight = position_weight.contiguous()
     maps = (grad_out, q, k, v)
     with device_guard(q):
-        dq, delta = _query_gradient(problem, maps, weight, out, lse)
-        dk, dv, d_position = _key_gradient(problem, maps, weight, lse, delta)
+        dq, delta, d_position = _query_gradient(problem, maps, weight, out, lse)
+        dk, dv = _key_gradient(problem, maps, weight, lse, delta)
     return dq, dk, dv, d_position.to(position_weight.dtype)

@@ -25,13 +25,16 @@ class Problem:
     dilation: int
     dtype: torch.dtype
     tf32: bool
+    scattered: bool
+    """Whether the channels of a pixel are apart in memory."""
 
     @classmethod
     def of(cls, q: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int) -> "Problem":
         batch, channels, height, width = q.shape
         head_dim = position_weight.shape[0]
         sizes = (batch, channels // head_dim, head_dim, height, width, kernel_size, stride, dilation)
-        return cls(*sizes, q.dtype, tf32=torch.backends.cuda.matmul.fp32_precision == "tf32")
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return cls(*sizes, q.dtype, tf32, scattered=q.stride(1) != 1)
 
     @property
     def reach(self) -> int:
@@ -57,7 +60,7 @@ class Problem:
             return (side - 1) * self.stride + 2 * self.reach + 1
 
         window = Window(self.out_height, self.out_width, self.height, self.width, extent)
-        return choose_tile(kernel, window, self.head_dim, self.dtype, self.tf32)
+        return choose_tile(kernel, window, self.head_dim, self.dtype, self.tf32, self.scattered)
 
     def key_tile(self, kernel: str) -> Tile:
         """The tile of a kernel (dkv) that owns keys and streams queries."""
@@ -66,7 +69,7 @@ class Problem:
             return (side - 1 + 2 * self.reach) // self.stride + 1
 
         window = Window(self.height, self.width, self.out_height, self.out_width, extent)
-        return choose_tile(kernel, window, self.head_dim, self.dtype, self.tf32)
+        return choose_tile(kernel, window, self.head_dim, self.dtype, self.tf32, self.scattered)
 
     def arguments(self, tile: Tile, tiled: tuple[int, int], *maps: Tensor) -> dict[str, Any]:
         """The keyword arguments that all kernels take alike: sizes, constants of the maths, compile-time choices."""

@@ -13,8 +13,20 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 256
 MAX_REACH = 24
+MAX_BATCH = 65535  # the grid's third axis
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _device_refusal(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device, or None; a constant to torch.compile."""
+    if device.type != "cuda":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else f"the tensors are on {device}, not on CUDA"
+    if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {_MIN_CAPABILITY[0]}.0"
+    return None
 
 
 def unsupported(q: Tensor, kernel_size: int, stride: int, dilation: int, head_dim: int | None = None) -> str | None:
@@ -22,20 +34,18 @@ def unsupported(q: Tensor, kernel_size: int, stride: int, dilation: int, head_di
 
     `TRITON_INTERPRET=1` in the environment lets CPU tensors through: the kernels then run in Triton's interpreter.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "Triton is not installed (pip install triton)"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype} is not one of float32, bfloat16, float16"
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {q.device}, not on a CUDA device"
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < _MIN_CAPABILITY:
-        return f"{torch.cuda.get_device_name(q.device)} is older than compute capability {_MIN_CAPABILITY[0]}.0"
     if head_dim is not None and head_dim > MAX_HEAD_DIM:
         return f"head width {head_dim} is more than {MAX_HEAD_DIM}"
+    if q.shape[0] > MAX_BATCH:
+        return f"batch size {q.shape[0]} is more than the {MAX_BATCH} that one launch takes"
     reach = dilation * (kernel_size // 2)
     if reach > MAX_REACH:
         return f"a window that reaches {reach} pixels is wider than the {MAX_REACH} that a tile can stream"
-    return None
+    return _device_refusal(q.device)
 
 
 def forward(

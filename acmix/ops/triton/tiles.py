@@ -7,7 +7,7 @@ with the fewest logits in all, which for 7x7 windows is 4x8 on a large map and w
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -81,29 +81,38 @@ def shape_tile(window: Window, height: int, width: int, budget: Budget) -> Tile:
 
 # Padded head dimension → budget. Found by counting instructions, registers and spills of the compiled kernels.
 _FORWARD = {16: Budget(32, 32, 1, 2), 32: Budget(32, 32, 1, 2), 64: Budget(32, 32, 2, 2), 128: Budget(32, 32, 4, 1)}
-_BACKWARD = {16: Budget(32, 32, 1, 2), 32: Budget(32, 16, 1, 2), 64: Budget(32, 16, 2, 2), 128: Budget(32, 32, 4, 1)}
+_BACKWARD = {16: Budget(32, 16, 1, 2), 32: Budget(32, 16, 1, 2), 64: Budget(32, 16, 2, 2), 128: Budget(32, 32, 4, 1)}
 _TF32 = {16: Budget(32, 32, 2, 2), 32: Budget(32, 32, 4, 2), 64: Budget(32, 32, 4, 2)}
 # Without tensor cores the operands of a product sit in registers too: smaller pieces, more warps.
 _FLOAT32 = {16: Budget(32, 32, 2, 2), 32: Budget(32, 32, 4, 2), 64: Budget(32, 32, 8, 2)}
 _WIDEST = Budget(16, 16, 8, 1)
 
 
-def _budget(kernel: str, head_dim: int, dtype: torch.dtype, tf32: bool) -> Budget:
+def _budget(kernel: str, head_dim: int, dtype: torch.dtype, tf32: bool, scattered: bool) -> Budget:
     if dtype == torch.float32:
         table = _TF32 if tf32 else _FLOAT32
     else:
         table = _FORWARD if kernel == "forward" else _BACKWARD
-    return table.get(padded_head_dim(head_dim), _WIDEST)
+    budget = table.get(padded_head_dim(head_dim), _WIDEST)
+    # Channels that are not adjacent are loaded one by one, each through an address register of its own.
+    return replace(budget, warps=min(2 * budget.warps, 8)) if scattered else budget
 
 
-def choose_tile(kernel: str, window: Window, head_dim: int, dtype: torch.dtype, tf32: bool) -> Tile:
-    """The tile with the fewest logits for `kernel` (forward, dq or dkv); among equals, the squarest."""
+def choose_tile(
+    kernel: str, window: Window, head_dim: int, dtype: torch.dtype, tf32: bool, scattered: bool = False
+) -> Tile:
+    """The tile with the fewest logits for `kernel` (forward, dq or dkv); among equals, the squarest.
+
+    `scattered`: the channels of a pixel are not adjacent in memory (a contiguous map rather than a channels_last one).
+    """
     if _override:
         return _override[-1](kernel, window)
-    budget = _budget(kernel, head_dim, dtype, tf32)
+    budget = _budget(kernel, head_dim, dtype, tf32, scattered)
     shapes = [(budget.pixels // width, width) for width in (2, 4, 8, 16, 32) if width <= budget.pixels]
     tiles = [shape_tile(window, *shape, budget) for shape in shapes]
-    return min(tiles, key=lambda tile: (logits(window, tile), abs(tile.width - tile.height)))
+    most = max(budget.slots, min(tile.rows * tile.columns for tile in tiles))
+    fitting = [tile for tile in tiles if tile.rows * tile.columns <= most]
+    return min(fitting, key=lambda tile: (logits(window, tile), abs(tile.width - tile.height)))
 
 
 _override: list[Callable[[str, Window], Tile]] = []
