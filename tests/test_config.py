@@ -81,8 +81,9 @@ def out_of_range(field: dict[str, Any]) -> list[Any]:
 
 
 def mutated(section: Any, key: Any, value: Any) -> dict[str, Any]:
-    values = complete_values()
-    values[section][key] = value
+    """The smallest valid config but for this one key."""
+    values = yaml.safe_load(BASE)
+    values.setdefault(section, {})[key] = value
     return values
 
 
@@ -106,9 +107,7 @@ def test_every_misspelt_key_is_refused_with_the_right_suggestion(tmp_path: Path)
     tried = 0
     for section, key in KEYS:
         for wrong in misspellings(str(key)):
-            values = complete_values()
-            values[section][wrong] = values[section].pop(key)
-            message = refusal(values, tmp_path)
+            message = refusal(mutated(section, wrong, COMPLETE[section][key]), tmp_path)
             assert f"{section}.{wrong}: unknown key; nearest valid key: {section}.{key}" in message
             with pytest.raises(UserError, match=f"command line: {section}.{wrong}: .*: {section}.{key}"):
                 load_config(ROOT / "configs" / "quickstart.yaml", [f"{section}.{wrong}=1"])
@@ -351,7 +350,7 @@ def test_the_command_line_reports_errors_in_one_message_with_status_2(tmp_path: 
         (["--config", "{good}", "data.batch_size=-1", "data.root=/no/such/folder"], "data.batch_size"),
         (["--config", "{good}", "data.dataset=folder", "data.root=/no/such", "schedule.epochs=ten"], "schedule.epochs"),
         (["--config", "{good}", "model.name="], "model.name"),
-        (["--config", "{broken}"], "broken.yaml:2"),
+        (["--config", "{broken}"], "broken.yaml:3: not valid YAML"),
         (["--config", "{missing}"], "missing.yaml"),
     ],
 )
