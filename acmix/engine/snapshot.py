@@ -1,6 +1,7 @@
 """The state of a run at one step, copied off the device at once so that it can be written while training goes on."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ class SnapshotBuffers:
             progress=snapshot.progress,
         )
         # One call for all tensors: a Python call for each costs more than the bytes of a small network.
-        torch._foreach_copy_(self._buffers[: len(sources)], sources, non_blocking=True)
+        with _one_thread():
+            torch._foreach_copy_(self._buffers[: len(sources)], sources, non_blocking=True)
         for device in {source.device for source in sources if not source.is_cpu}:
             torch.accelerator.synchronize(device)
         return copied
@@ -94,6 +96,17 @@ class SnapshotBuffers:
         buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
         self._buffers[number : number + 1] = [buffer]
         return buffer
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A memcpy gains little from threads, and waits long for them where loader processes keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def state_bytes(value: Any) -> int:
