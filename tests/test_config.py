@@ -6,7 +6,7 @@ import math
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ model: {name: acmix_resnet26}
 data: {dataset: digits}
 schedule: {epochs: 3}
 """
+REFUSED = "every key misspelt, of a wrong type, out of range or null is refused by name, before any data is read"
 SCHEMA = json.loads(json_schema())
 KEYS = [path for path in schema_keys(Config) if len(path) == 2]
 
@@ -103,7 +104,7 @@ def misspellings(word: str) -> Iterator[str]:
     yield word.upper() if word.upper() != word else word + "_"
 
 
-def test_every_misspelt_key_is_refused_with_the_right_suggestion(tmp_path: Path) -> None:
+def test_every_misspelt_key_is_refused_with_the_right_suggestion(tmp_path: Path, report: Callable[..., None]) -> None:
     tried = 0
     for section, key in KEYS:
         for wrong in misspellings(str(key)):
@@ -118,10 +119,10 @@ def test_every_misspelt_key_is_refused_with_the_right_suggestion(tmp_path: Path)
             values[wrong] = values.pop(section)
             assert f"{wrong}: unknown key; nearest valid key: {section}" in refusal(values, tmp_path)
             tried += 1
-    print(f"misspelt keys refused: {tried}/{tried}")
+    report("config mutations", REFUSED, tried, tried)
 
 
-def test_every_wrong_type_is_refused_naming_file_line_and_key(tmp_path: Path) -> None:
+def test_every_wrong_type_is_refused_naming_file_line_and_key(tmp_path: Path, report: Callable[..., None]) -> None:
     tried = 0
     for section, key in KEYS:
         for value in wrong_types(field_schema(section, key)[0]):
@@ -129,10 +130,10 @@ def test_every_wrong_type_is_refused_naming_file_line_and_key(tmp_path: Path) ->
             assert f": {section}.{key}" in message, (section, key, value, message)
             assert "mutant.yaml:" in message
             tried += 1
-    print(f"wrong types refused: {tried}/{tried}")
+    report("config mutations", REFUSED, tried, tried)
 
 
-def test_every_value_out_of_range_is_refused_naming_the_key(tmp_path: Path) -> None:
+def test_every_value_out_of_range_is_refused_naming_the_key(tmp_path: Path, report: Callable[..., None]) -> None:
     tried = 0
     for section, key in KEYS:
         for value in out_of_range(field_schema(section, key)[0]):
@@ -140,10 +141,10 @@ def test_every_value_out_of_range_is_refused_naming_the_key(tmp_path: Path) -> N
             assert f": {section}.{key}" in message, (section, key, value, message)
             tried += 1
     assert tried > len(KEYS)
-    print(f"values out of range refused: {tried}/{tried}")
+    report("config mutations", REFUSED, tried, tried)
 
 
-def test_null_is_refused_wherever_the_schema_does_not_allow_it(tmp_path: Path) -> None:
+def test_null_is_refused_wherever_the_schema_does_not_allow_it(tmp_path: Path, report: Callable[..., None]) -> None:
     tried = 0
     for section, key in KEYS:
         if field_schema(section, key)[1]:
@@ -154,7 +155,7 @@ def test_null_is_refused_wherever_the_schema_does_not_allow_it(tmp_path: Path) -
         values = {**complete_values(), section: None}
         assert f": {section}: must be a mapping" in refusal(values, tmp_path)
         tried += 1
-    print(f"nulls refused: {tried}/{tried}")
+    report("config mutations", REFUSED, tried, tried)
 
 
 def test_every_missing_required_key_is_named(tmp_path: Path) -> None:

@@ -104,24 +104,30 @@ def found(report: Report) -> set[tuple[str, str]]:
     return {(problem.path, problem.kind) for problem in report.problems}
 
 
-def assert_all_found(root: Path, rounds: int, workers: int, make_folder: MakeFolder) -> None:
+def assert_all_found(
+    root: Path, rounds: int, workers: int, make_folder: MakeFolder, report: Callable[..., None]
+) -> None:
     planted = plant(root, rounds, make_folder)
-    report = check_folder(root, workers=workers)
-    hits = planted & found(report)
-    print(f"planted problems found: {len(hits)}/{len(planted)}, false alarms: {len(found(report) - planted)}")
-    assert found(report) == planted
-    for problem in report.problems:
+    checked = check_folder(root, workers=workers)
+    hits = planted & found(checked)
+    report("bad images and folders found by check_data", "every one is listed by kind", len(hits), len(planted))
+    assert found(checked) == planted
+    for problem in checked.problems:
         assert problem.fatal == (problem.kind in FATAL | FATAL_FOLDERS), problem
-    assert report.fatal
+    assert checked.fatal
 
 
-def test_every_planted_problem_is_found_and_nothing_else(tmp_path: Path, make_folder: MakeFolder) -> None:
-    assert_all_found(tmp_path, 2, 1, make_folder)
+def test_every_planted_problem_is_found_and_nothing_else(
+    tmp_path: Path, make_folder: MakeFolder, report: Callable[..., None]
+) -> None:
+    assert_all_found(tmp_path, 2, 1, make_folder, report)
 
 
 @pytest.mark.drill
-def test_hundreds_of_planted_problems_are_found_by_parallel_readers(tmp_path: Path, make_folder: MakeFolder) -> None:
-    assert_all_found(tmp_path, 20, 3, make_folder)
+def test_hundreds_of_planted_problems_are_found_by_parallel_readers(
+    tmp_path: Path, make_folder: MakeFolder, report: Callable[..., None]
+) -> None:
+    assert_all_found(tmp_path, 20, 3, make_folder, report)
 
 
 def test_a_sound_folder_has_no_problems_with_any_number_of_workers(tmp_path: Path, make_folder: MakeFolder) -> None:

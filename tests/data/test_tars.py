@@ -115,7 +115,13 @@ def hostile_tar(path: Path, name: str, kind: bytes, target: str = "") -> Path:
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_members_that_climb_out_are_refused_by_name(
-    name: str, kind: bytes, target: str, nested: bool, tmp_path: Path, make_config: MakeConfig
+    name: str,
+    kind: bytes,
+    target: str,
+    nested: bool,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    report: Callable[..., None],
 ) -> None:
     (tmp_path / "data").mkdir()
     path = hostile_tar(tmp_path / "data" / "train.tar", name, kind, target)
@@ -129,6 +135,7 @@ def test_members_that_climb_out_are_refused_by_name(
         assert name in str(caught.value)
         assert "refused" in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+    report("hostile tar members", "refused by name, nothing is written", 2, 2)
 
 
 def test_damaged_and_missing_tars_are_named(tmp_path: Path) -> None:

@@ -48,13 +48,14 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
-def test_signals_meant_for_the_job_do_not_stop_the_workers(name: str, data: Data) -> None:
+def test_signals_meant_for_the_job_do_not_stop_the_workers(name: str, data: Data, report: Callable[..., None]) -> None:
     updates = data.train.epoch(0)
     next(updates)
     for pid in worker_pids(data):
         os.kill(pid, getattr(signal, name))
     assert sum(1 for _ in updates) == data.train.updates_per_epoch - 1
     assert all(running(pid) for pid in worker_pids(data))
+    report("signals to loader workers", "workers go on; the job decides when to stop", 2, 2)
 
 
 def test_signals_do_not_stop_workers_that_are_being_born(make_config: MakeConfig) -> None:
@@ -85,7 +86,7 @@ print(count == data.train.updates_per_epoch, len(caught) > 0)
 
 
 @pytest.mark.parametrize("place", ["next batch", "anywhere"])
-def test_a_killed_worker_is_explained_with_the_way_out(place: str, data: Data) -> None:
+def test_a_killed_worker_is_explained_with_the_way_out(place: str, data: Data, report: Callable[..., None]) -> None:
     updates = data.train.epoch(0)
     next(updates)
     os.kill(worker_pids(data)[0], signal.SIGKILL)
@@ -103,6 +104,7 @@ def test_a_killed_worker_is_explained_with_the_way_out(place: str, data: Data) -
     message = str(error)
     for part in ("memory", "/dev/shm", "data.num_workers", "--resume auto"):
         assert part in message
+    report("loader worker killed", "an error that names memory, /dev/shm and the way out", 1, 1)
 
 
 def test_other_errors_are_not_taken_for_a_dead_worker() -> None:
