@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from acmix.engine.atomic import CRASH_POINTS
-from acmix.engine.checkpoint import load_checkpoint
+from acmix.engine.checkpoint import CheckpointStore, Snapshot, load_checkpoint
 from acmix.engine.checkpoint_folder import list_checkpoints
 
 SAVE_LOOP = Path(__file__).parent / "save_loop.py"
@@ -82,6 +83,20 @@ def test_saves_killed_at_each_crash_point(
             assert not [name for name in os.listdir(run_dir / "checkpoints") if name.startswith(".")]
             kills += 1
     report("SIGKILL at each crash point of a save", KILLS, kills, kills)
+
+
+@pytest.mark.parametrize("cycles", [30, pytest.param(1000, marks=[pytest.mark.drill, pytest.mark.timeout(1800)])])
+def test_what_is_saved_is_what_is_loaded_again_and_again(
+    cycles: int, tmp_path: Path, report: Callable[..., None]
+) -> None:
+    store = CheckpointStore(tmp_path, 2, background=True, on_error="stop")
+    for step in range(1, cycles + 1):
+        values = torch.full((500,), float(step))
+        store.save(Snapshot({"w": values}, {"w": values}, {"momentum": values}, {"step": step}), best=step % 7 == 0)
+        values.zero_()
+        store.wait()
+        assert assert_all_sound(tmp_path, at_least=step) == step
+    report("Save and load", "What comes back is what was saved", cycles, cycles)
 
 
 def test_a_program_that_ends_finishes_the_save_it_began(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ def test_rewinding_sets_later_checkpoints_aside(tmp_path: Path) -> None:
 
 
 def test_data_reach_the_disk_before_the_names_that_promise_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Callable[..., None]
 ) -> None:
     calls: list[tuple[str, str]] = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
@@ -296,3 +297,4 @@ def test_data_reach_the_disk_before_the_names_that_promise_them(
     assert calls[renamed + 1] == ("sync", str(store.folder))
     assert calls[renamed + 2 :] == [("link", "last"), ("link", "best"), ("sync", str(store.folder))]
     assert calls[0] == ("sync", str(tmp_path))
+    report("Power loss", "Every file and folder is synced before the rename that promises it, the rename after", 1, 1)
