@@ -176,7 +176,7 @@ class WindowAttention(AttentionPath):
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.window_size
-        return math.ceil(height / rows) * rows, math.ceil(width / columns) * columns
+        return -(-height // rows) * rows, -(-width // columns) * columns
 
     def _to_windows(self, maps: Tensor, groups: int) -> Tensor:
         """(B, N * d, H, W) to (B * windows / groups, groups * N, area, d)."""

@@ -1,7 +1,5 @@
 """The ACmix block: one set of projections, two paths, one mix."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,7 +85,7 @@ class ACmix(nn.Module):
         if self.convolution is None:
             assert self.attention is not None
             out = self.attention(q, k, v, gain=alpha)
-            return out[..., : math.ceil(height / self.stride), : math.ceil(width / self.stride)]
+            return out[..., : -(-height // self.stride), : -(-width // self.stride)]
         # The weights go into the small matrices at the end of each path, and the second path adds to the first: the
         # maps are never read again just to be scaled and summed.
         maps = (m[..., :height, :width] for m in (q, k, v))

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 
 ATTENTION_IMPLS = ("reference", "dense", "halo", "compiled", "triton")
-SHIFT_CONV_IMPLS = ("reference", "folded", "compiled", "dense")
+SHIFT_CONV_IMPLS = ("reference", "folded", "unfolded", "compiled", "dense")
+# Folding takes 27N products for each output channel, the two steps 27 + 81: with many heads they are the cheaper.
+MAX_FOLDED_HEADS = 4
 MAX_BIAS_BYTES = 2**30
 
 
@@ -145,14 +147,19 @@ def resolve(impl: str, problem: Problem) -> str:
     return impl
 
 
-def resolve_shift_conv(impl: str, device: str, tracing: bool) -> str:
-    """The implementation of the convolution path to run: `compiled` inside torch.compile on a CPU, `folded` elsewhere.
+def resolve_shift_conv(impl: str, device: str, tracing: bool, *, channels_last: bool = False, heads: int = 1) -> str:
+    """The implementation of the convolution path to run.
+
+    On a CPU `auto` takes `unfolded` for channels_last maps of many heads, otherwise `compiled` inside torch.compile;
+    everywhere else `folded`.
 
     Raises:
         ValueError: if `impl` is unknown or cannot run on this device; the message holds the reason.
     """
     refusal = _no_compiled(device)
     if impl == "auto":
+        if device == "cpu" and channels_last and heads > MAX_FOLDED_HEADS:
+            return "unfolded"
         return "compiled" if tracing and refusal is None else "folded"
     if impl not in SHIFT_CONV_IMPLS:
         raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(SHIFT_CONV_IMPLS)}")

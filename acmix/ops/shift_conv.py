@@ -37,8 +37,9 @@ def shift_conv(
         fc_bias: (k²,) or None; it passes through the zero-padded shift, so it is no constant near the border.
         bias: (N*d,) or None.
         stride, dilation: Of the grouped convolution; its padding is dilation * (k // 2), zeros.
-        impl: `auto`, or one of `reference` (two steps), `folded` (grouped convolution), `compiled` (the same in C++, on
-            a CPU), `dense` (folded, zeros between the groups): that one runs or the call fails.
+        impl: `auto`, or one of `reference` (two steps), `folded` (grouped convolution), `unfolded` (two steps over
+            channels_last maps, fewer products from 5 heads on), `compiled` (folded, in C++, on a CPU), `dense` (folded,
+            zeros between the groups): that one runs or the call fails.
 
     Returns:
         (B, N*d, ceil(H / stride), ceil(W / stride)), channels (head_dim, head): the authors' order, which is added
@@ -56,11 +57,15 @@ def shift_conv(
                 q, k, v, fc_weight, shift_weight,
                 fc_bias=fc_bias, bias=bias, stride=stride, dilation=dilation, impl=impl,
             )  # fmt: skip
-    choice = dispatch.resolve_shift_conv(impl, device, dispatch.tracing())
+    choice = dispatch.resolve_shift_conv(
+        impl, device, dispatch.tracing(), channels_last=_is_channels_last(q), heads=fc_weight.shape[1] // 3
+    )
     if choice == "reference":
         fc_weight, shift_weight = fc_weight.to(q.dtype), shift_weight.to(q.dtype)
         fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))
         return reference.shift_conv(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
+    if choice == "unfolded":
+        return _unfolded(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
     weight = torch.einsum("oiyx,im->omyx", shift_weight, fc_weight)
     out = convolve(q, k, v, weight.to(q.dtype), stride, dilation, choice)
     if fc_bias is not None:
@@ -74,12 +79,49 @@ def convolve(
     """The folded convolution itself: maps (B, N*d, H, W), weight (N*d, 3N, k, k), rows (head_dim, head), d groups."""
     if impl == "dense":
         return _convolve_dense(q, k, v, weight, stride, dilation)
+    heads = weight.shape[1] // 3
+    padding = dilation * (weight.shape[-1] // 2)
+    if q.device.type == "cpu" and impl == "folded" and _is_channels_last(q):
+        maps = _side_by_side(q, k, v, heads)
+        return F.conv2d(_as_map(maps), weight, None, stride, padding, dilation, maps.shape[3])
     if q.device.type == "cpu":
         return _forward(q, k, v, weight, stride, dilation, impl)
-    heads = weight.shape[1] // 3
     maps = torch.stack([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
-    padding = dilation * (weight.shape[-1] // 2)
     return F.conv2d(maps, weight, None, stride, padding, dilation, weight.shape[0] // heads)
+
+
+def _unfolded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fc_weight: Tensor,
+    shift_weight: Tensor,
+    fc_bias: Tensor | None,
+    bias: Tensor | None,
+    stride: int,
+    dilation: int,
+) -> Tensor:
+    """Both steps, the maps of a channel side by side: the first is one matrix product; the result is channels_last."""
+    fc_weight, shift_weight = fc_weight.to(q.dtype), shift_weight.to(q.dtype)
+    fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))
+    maps = _side_by_side(q, k, v, fc_weight.shape[1] // 3)
+    mixed = _as_map(F.linear(maps, fc_weight, fc_bias))
+    padding = dilation * (shift_weight.shape[-1] // 2)
+    return F.conv2d(mixed, shift_weight, bias, stride, padding, dilation, maps.shape[3])
+
+
+def _is_channels_last(q: Tensor) -> bool:
+    return q.stride(1) == 1 and q.shape[1] > 1
+
+
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The 3N maps of each channel next to each other: (B, H, W, d, 3N), in one pass."""
+    return torch.cat([m.permute(0, 2, 3, 1).unflatten(3, (heads, -1)).mT for m in (q, k, v)], 4)
+
+
+def _as_map(side_by_side: Tensor) -> Tensor:
+    """(B, H, W, d, M) as a channels_last map (B, d*M, H, W), without a copy."""
+    return side_by_side.flatten(3).permute(0, 3, 1, 2)
 
 
 def _convolve_dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
