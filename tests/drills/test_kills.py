@@ -69,7 +69,7 @@ def test_trainers_killed_at_each_crash_point_of_a_save(
     """`before_write` is the kill between log and save: the step's rows are on disk, its checkpoint is not."""
     options = [*EVERYTHING, f"run.background_save={str(background).lower()}"]
     run_training(tmp_path / "whole", *options)
-    points = [point for point in CRASH_POINTS if point != "mid_replace"]  # a trainer saves no step twice
+    points = [point for point in CRASH_POINTS if point != "mid_replace"]  # needs a step that is saved twice, see below
     for turn in range(rounds):
         folder = tmp_path / f"killed-{turn}"
         for point in points:
@@ -83,3 +83,18 @@ def test_trainers_killed_at_each_crash_point_of_a_save(
     report(
         "SIGKILL of a training run at each crash point of a save", PROMISE, rounds * len(points), rounds * len(points)
     )
+
+
+def test_a_trainer_killed_while_it_replaces_a_checkpoint(
+    tmp_path: Path, run_training: Any, assert_same_run: Callable[[Path, Path], None], report: Callable[..., None]
+) -> None:
+    """A run stopped during its evaluation saves that step; resumed, it evaluates and saves the step again."""
+    run_training(tmp_path / "whole", *EVERYTHING)
+    folder = tmp_path / "killed"
+    stop = ["model.kwargs.fault=SIGTERM", "model.kwargs.at=2", "model.kwargs.during=eval"]
+    run_training(folder, *EVERYTHING, *stop, status=75)
+    run_training(folder, *EVERYTHING, "--resume", "auto", env={"ACMIX_CRASH_AT": "mid_replace"}, status=-9)
+    assert not (folder / "checkpoints" / "last").exists()
+    run_training(folder, *EVERYTHING, "--resume", "auto")
+    assert_same_run(tmp_path / "whole", folder)
+    report("SIGKILL of a training run at each crash point of a save", PROMISE, 1, 1)
