@@ -2,10 +2,9 @@
 
 import json
 import runpy
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,6 @@ import torch
 from PIL import Image
 
 from acmix.engine.run_folder import launcher_id
-from acmix.engine.signals import HANDLED
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -36,11 +34,10 @@ Train = Callable[..., Outcome]
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Train]:
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Train:
     """Run train.py's main in this process, in an empty folder that holds tiny.yaml."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
-    handlers = {number: signal.getsignal(number) for number in HANDLED}
     main = runpy.run_path(str(ROOT / "train.py"))["main"]
 
     def run(*arguments: str, config: str = "tiny.yaml") -> Outcome:
@@ -48,9 +45,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         status = main(["--config", config, *arguments])
         return Outcome(status, *capfd.readouterr())
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def make_images(root: Path, splits: dict[str, list[str]], count: int = 20) -> Path:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -64,14 +66,16 @@ class Distributed:
             return cls(rank, world_size, local_rank, device, watchdog)
         # The watchdog reports a hang by rank and step; the group's own timeout is the net below it.
         timeout = timedelta(seconds=run.timeout + 60)
+        store, token = _meet(rank, world_size, timeout)
+        group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            torch_distributed.init_process_group("nccl", timeout=timeout, device_id=device)
+            torch_distributed.init_process_group("nccl", device_id=device, **group)
             control: Any = torch_distributed.new_group(backend="gloo", timeout=timeout)
         else:
-            torch_distributed.init_process_group("gloo", timeout=timeout)
+            torch_distributed.init_process_group("gloo", **group)
             control = torch_distributed.group.WORLD
-        watchdog.start()
+        watchdog.start(token)
         return cls(rank, world_size, local_rank, device, watchdog, control)
 
     @property
@@ -167,6 +171,35 @@ class Distributed:
             )
             failure.reported_here = True
             raise failure from None
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> tuple[torch_distributed.Store, str]:
+    """A store that the processes of this attempt share with no other, and the token that names it.
+
+    torchrun's store outlives its workers: a restarted worker would find the addresses of processes that are dead.
+    Counting restarts does not help, machines count differently. So each rank says hello under a name of its own, and
+    rank 0 answers every name it sees with this attempt's token until all ranks have taken it.
+    """
+    store, _, _ = next(torch_distributed.rendezvous("env://", rank, world_size, timeout=timeout))
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"acmix/hello/{rank}", name)
+        token = store.get(f"acmix/welcome/{name}").decode()
+        store.set(f"acmix/{token}/here/{rank}", "")
+        return torch_distributed.PrefixStore(f"acmix/{token}", store), token
+    waiting = set(range(1, world_size))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"acmix/hello/{other}"]):
+                store.set(f"acmix/welcome/{store.get(f'acmix/hello/{other}').decode()}", name)
+        waiting = {other for other in waiting if not store.check([f"acmix/{name}/here/{other}"])}
+        if time.monotonic() > deadline:
+            raise RunFailure(
+                f"ranks {sorted(waiting)} did not start within {timeout.total_seconds():g} s (run.timeout)"
+            )
+        time.sleep(0.02)
+    return torch_distributed.PrefixStore(f"acmix/{name}", store), name
 
 
 def _pick_device(wanted: str, local_rank: int) -> torch.device:

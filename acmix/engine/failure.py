@@ -1,13 +1,13 @@
 """How a process ends: what it prints, once for all ranks, and with which exit status. Light on purpose (no torch)."""
 
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 
 from acmix.engine.exits import BAD_USAGE, FAILED, end_now, leave_status
+from acmix.engine.signals import StopSignals
 from acmix.errors import UserError
 
 _GRACE_SECONDS = 10.0
@@ -33,11 +33,11 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def run_program(work: Callable[[], int]) -> int:
+def run_program(work: Callable[[], int], signals: StopSignals | None = None) -> int:
     """Call `work` and return the exit status of the process; an error becomes one message on stderr.
 
     `UserError` prints `error: MESSAGE` (status 2, or the error's own `status`), any other exception its traceback
-    (status 1). Under torchrun a process that fails does not linger in the teardown of its libraries.
+    (status 1). Under torchrun the process does not linger in the teardown of its libraries.
     """
     try:
         status = work()
@@ -46,19 +46,20 @@ def run_program(work: Callable[[], int]) -> int:
     except UserError as error:
         status = getattr(error, "status", BAD_USAGE)
         if rank_from_environment() > 0 and not getattr(error, "reported_here", False):
-            _let_first_rank_speak(status)
+            _let_first_rank_speak(status, signals)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return _leave(status)
     except Exception:  # noqa: BLE001 - the outermost frame: print it once, end with a status that says so
         traceback.print_exc()
         return _leave(FAILED)
-    leave_status(status)
-    return status
+    return _leave(status)
 
 
-def _let_first_rank_speak(status: int) -> None:
+def _let_first_rank_speak(status: int, signals: StopSignals | None) -> None:
     """Errors in a config hit every rank alike: rank 0 prints, then the launcher ends the others with SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda number, frame: end_now(status))
+    if signals is not None:
+        signals.early_status = status
+    leave_status(status)
     time.sleep(_GRACE_SECONDS)
 
 

@@ -95,9 +95,10 @@ class Learner:
         """
         losses = []
         for micro, batch in enumerate(batches):
-            self.dist.watchdog.tick(step, "forward and backward")
+            self.dist.watchdog.tick(step, "forward pass")
             with self._synchronise(micro == len(batches) - 1):
                 loss = self.loss(batch, step, micro)
+                self.dist.watchdog.tick(step, "backward pass")
                 self.scaler.scale(loss / len(batches)).backward()
             losses.append(loss.detach().double())
         return torch.stack(losses)

@@ -10,8 +10,10 @@ from datetime import timedelta
 
 import torch.distributed as torch_distributed
 
+from acmix.engine.exits import FAILED, end_now
+
 _BEAT_SECONDS = 1.0
-_STALE_SECONDS = 10.0
+_STALE_SECONDS = 3.0
 _LET_GO_SECONDS = 5.0
 _STORE_ERRORS = (RuntimeError, OSError, ValueError)
 
@@ -28,16 +30,19 @@ class Watchdog:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
+        self._beat = 0
         self._ticks = 0
         self._step = 0
         self._doing = "starting"
         self._moved = time.monotonic()
         self._over = threading.Event()
+        self._token = ""
         self._store: torch_distributed.TCPStore | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Begin to watch; the rendezvous must be over, so that torchrun's store is there."""
+    def start(self, token: str) -> None:
+        """Begin to watch; `token` names this attempt in the store that the ranks have met in."""
+        self._token = token
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         patience = timedelta(seconds=_LET_GO_SECONDS)
         self._store = torch_distributed.TCPStore(
@@ -71,30 +76,29 @@ class Watchdog:
             return True  # the launcher is gone with its store: better said twice than never
 
     def _key(self, name: str) -> str:
-        return f"acmix/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+        return f"acmix/{self._token}/{name}"
 
     def _watch(self) -> None:
         failed_since: float | None = None
-        while not self._over.wait(_BEAT_SECONDS):
+        while not self._over.is_set():
             with suppress(*_STORE_ERRORS):
                 self._publish()
                 if failed_since is None and self._store is not None and self._store.add(self._key("failures"), 0) > 0:
                     failed_since = time.monotonic()
-            if (
-                failed_since is not None
-                and time.monotonic() - failed_since > _LET_GO_SECONDS
-                and not self._over.is_set()
-            ):
-                os._exit(1)
+            waited = 0.0 if failed_since is None else time.monotonic() - failed_since
+            if waited > _LET_GO_SECONDS and not self._over.is_set():
+                end_now(FAILED)
             if time.monotonic() - self._moved > self.timeout:
                 self._report()
+            self._over.wait(_BEAT_SECONDS)
 
     def _publish(self) -> None:
-        state = [self._ticks, self._step, self._doing, time.time()]
+        self._beat += 1
+        state = [self._ticks, self._doing, self._beat]
         if self._store is not None:
             self._store.set(self._key(f"beat/{self.rank}"), json.dumps(state))
 
-    def _beats(self) -> dict[int, tuple[int, int, str, float]]:
+    def _beats(self) -> dict[int, tuple[int, str, int]]:
         beats = {}
         for rank in range(self.world_size):
             with suppress(*_STORE_ERRORS):
@@ -104,25 +108,25 @@ class Watchdog:
 
     def _report(self) -> None:
         """Name the ranks that lag; only the lowest of the others speaks, the rest leave it a moment to do so."""
+        before = self._beats()
+        time.sleep(_STALE_SECONDS)
+        self._publish()
         beats = self._beats()
-        now = time.time()
-        asleep = [rank for rank, beat in beats.items() if now - beat[3] > _STALE_SECONDS]
+        asleep = [rank for rank in range(self.world_size) if beats.get(rank) == before.get(rank)]
         awake = {rank: beat[0] for rank, beat in beats.items() if rank not in asleep}
         behind = [rank for rank, ticks in awake.items() if ticks < max(awake.values())]
         culprits = asleep or behind or list(beats)
         well = [rank for rank in awake if rank not in culprits] or sorted(awake) or [self.rank]
         if self.rank == well[0]:
-            places = "; ".join(
-                f"rank {rank} at step {beats[rank][1]} ({'no sign of life' if rank in asleep else beats[rank][2]})"
-                for rank in culprits
-                if rank in beats
+            # Ranks cannot be a step apart: each waits for the others in every one. So the step is ours.
+            lagging = "; ".join(
+                f"rank {rank} ({'no sign of life' if rank in asleep else beats[rank][1]})" for rank in culprits
             )
             print(
-                f"error: no progress for {self.timeout:g} s (run.timeout). Waiting for: {places or self.where()}. "
-                "Look at that process and its machine; continue with --resume auto.",
+                f"error: no progress for {self.timeout:g} s (run.timeout) at step {self._step}, waiting for "
+                f"{lagging or 'an unknown rank'}: look at that process and its machine; continue with --resume auto",
                 file=sys.stderr,
                 flush=True,
             )
-        else:
-            time.sleep(_LET_GO_SECONDS)
-        os._exit(1)
+        time.sleep(_LET_GO_SECONDS)  # the others look at the store too, and this process may be its host
+        end_now(FAILED)

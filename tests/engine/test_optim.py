@@ -57,7 +57,7 @@ def test_layer_decay_lowers_the_rate_towards_the_input(network: nn.Module) -> No
     scales = [groups[name]["lr_scale"] for name in ("conv1.weight", "layer2.0.conv1.weight", "fc.weight")]
     assert scales == sorted(scales)
     assert scales[0] < scales[-1] == 1.0
-    alpha, neighbour = groups["layer4.0.conv2.mix.alpha"], groups["layer4.0.conv2.qkv.weight"]
+    alpha, neighbour = groups["layer4.0.acmix.mix.alpha"], groups["layer4.0.acmix.qkv.weight"]
     assert alpha["lr_scale"] == pytest.approx(2.0 * neighbour["lr_scale"])
 
 

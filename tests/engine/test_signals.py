@@ -14,13 +14,9 @@ from acmix.engine.signals import HANDLED, StopSignals
 @pytest.fixture
 def signals(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    before = {number: signal.getsignal(number) for number in HANDLED}
-    watching = StopSignals()
-    watching.install()
-    watching.begin()
-    yield watching
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with StopSignals() as watching:
+        watching.begin()
+        yield watching
 
 
 @pytest.mark.parametrize("number", HANDLED)
@@ -46,10 +42,15 @@ def test_signals_after_the_work_is_saved_are_ignored(signals: StopSignals) -> No
 @pytest.mark.parametrize(
     ("begin", "wait", "status"), [("", 0, 75), ("signals.begin();", 0.7, -15)], ids=["before the start", "second"]
 )
-def test_signal_that_ends_the_process(begin: str, wait: float, status: int) -> None:
+@pytest.mark.parametrize(
+    "busy",
+    ["time.sleep(60)", "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"],
+    ids=["in Python", "inside a library"],
+)
+def test_signal_that_ends_the_process(begin: str, wait: float, status: int, busy: str) -> None:
     program = (
         "import time; from acmix.engine.signals import StopSignals;"
-        f"signals = StopSignals(); signals.install(); {begin} print('ready', flush=True); time.sleep(60)"
+        f"signals = StopSignals().__enter__(); {begin} print('ready', flush=True); {busy}"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
