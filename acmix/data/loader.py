@@ -15,7 +15,7 @@ from acmix.data.images import BadImage
 from acmix.data.sampler import BatchPlan, TrainOrder, val_plans
 from acmix.data.seeding import preserved_generators, seed_generators, stream_seed
 from acmix.data.transforms import Transform, build_train_transform, build_val_transform
-from acmix.data.workers import WorkerPool, in_worker
+from acmix.data.workers import WorkerPool, in_worker, share_memory
 from acmix.errors import UserError
 
 
@@ -68,11 +68,14 @@ class BatchReader(Dataset):
             errors=[],
             fatal=None,
         )
-        with nullcontext() if in_worker() else preserved_generators():
-            try:
+        try:
+            if in_worker():
+                # here and not when the batch is sent: that happens in a thread whose errors nobody hears
+                share_memory(read.images)
+            with nullcontext() if in_worker() else preserved_generators():
                 self._fill(read, plan)
-            except UserError as error:  # an exception that crosses processes would arrive wrapped in a traceback
-                return read._replace(fatal=str(error))
+        except UserError as error:  # an exception that crosses processes would arrive wrapped in a traceback
+            return read._replace(images=torch.empty(0), fatal=str(error))
         if not read.valid.all() and read.valid.any():
             donor = int(read.valid.argmax())
             missing = np.flatnonzero(~read.valid)
@@ -138,7 +141,7 @@ class TrainLoader:
         """
         update: list[Batch] = []
         for read in self._pool.run(self.order.plans(epoch, self._rank, start_update)):
-            if read.errors and self._raises:
+            if read.errors and self._raises and not read.fatal:
                 raise UserError(f"{_unreadable(read)}, or train without it by data.on_error=skip")
             update.append(_batch(read))
             if len(update) == self.order.accumulate:
@@ -176,7 +179,7 @@ class ValLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for read in self._pool.run(iter(self._plans)):
-            if read.errors:
+            if read.errors and not read.fatal:
                 raise UserError(f"{_unreadable(read)}; validation counts every image")
             yield _batch(read)
 

@@ -19,6 +19,15 @@ from acmix.errors import UserError
 
 _JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
+_MEMORY = (
+    "Likely causes: the machine ran out of memory (the kernel's log says so), or /dev/shm is full or too small. Lower "
+    "data.num_workers, data.prefetch_factor or data.batch_size, or give the container more shared memory (docker "
+    "--shm-size), and continue with --resume auto"
+)
+_OPEN_FILES = (
+    "too many open files: raise the limit (ulimit -n) or lower data.num_workers or data.prefetch_factor, and continue "
+    "with --resume auto"
+)
 
 
 class PlanQueue:
@@ -78,14 +87,25 @@ def explain_worker_death(error: BaseException) -> UserError | None:
 
     PyTorch raises that report from a signal handler, so it may come out of any line of the main process.
     """
-    text = str(error)
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in text or "Caught" in text:
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or "Caught" in text:
         return None
-    return UserError(
-        f"a data loader worker died ({' '.join(text.split())}). Likely causes: the machine ran out of memory (the "
-        "kernel's log says so), or /dev/shm is full or too small. Lower data.num_workers, data.prefetch_factor or "
-        "data.batch_size, or give the container more shared memory (docker --shm-size), and continue with --resume auto"
-    )
+    if text.startswith("Too many open files"):
+        return UserError(f"{_OPEN_FILES} ({text.partition('.')[0]})")
+    if "DataLoader worker" not in text:
+        return None
+    return UserError(f"a data loader worker died ({text}). {_MEMORY}")
+
+
+def share_memory(images: torch.Tensor) -> None:
+    """Move a batch to shared memory, from where the main process takes it without a copy. Raises UserError."""
+    try:
+        images.share_memory_()
+    except RuntimeError as error:
+        text = str(error)
+        if "open files" in text:
+            raise UserError(f"{_OPEN_FILES} ({text})") from None
+        raise UserError(f"a data loader worker got no shared memory ({text}). {_MEMORY}") from None
 
 
 def in_worker() -> bool:

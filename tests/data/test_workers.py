@@ -17,7 +17,8 @@ from acmix.data.workers import explain_worker_death
 from acmix.errors import UserError
 
 MakeConfig = Callable[..., Config]
-PATIENCE = 60.0
+PATIENCE = 120.0
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture
@@ -79,8 +80,7 @@ thread.join()
 data.close()
 print(count == data.train.updates_per_epoch, len(caught) > 0)
 """
-    config = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
-    arguments = [sys.executable, "-c", program, str(config)]
+    arguments = [sys.executable, "-c", program, str(QUICKSTART)]
     done = subprocess.run(arguments, capture_output=True, text=True, start_new_session=True)
     assert done.stdout.split() == ["True", "True"], done.stderr
 
@@ -107,6 +107,36 @@ def test_a_killed_worker_is_explained_with_the_way_out(place: str, data: Data, r
     report("loader worker killed", "an error that names memory, /dev/shm and the way out", 1, 1)
 
 
+KEEP_BATCHES = """
+import resource, sys
+from acmix.config import load_config
+from acmix.data.loader import build_data
+from acmix.errors import UserError
+if sys.argv[2] != "0":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
+data = build_data(load_config(sys.argv[1], ["data.num_workers=2", "data.image_size=128", "data.batch_size=64"]))
+try:
+    kept = list(data.train.epoch(0))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_shared_memory_is_an_error_and_not_a_hang() -> None:
+    inside = f"mount -t tmpfs -o size=16m tmpfs /dev/shm && exec {sys.executable} -c '{KEEP_BATCHES}' {QUICKSTART} 0"
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("a /dev/shm of one's own needs the right to mount")
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", inside], capture_output=True, text=True, timeout=PATIENCE)
+    for part in ("/dev/shm", "data.num_workers", "--shm-size", "--resume auto"):
+        assert part in done.stdout, done.stderr
+
+
+def test_too_many_open_files_are_an_error_that_says_so() -> None:
+    arguments = [sys.executable, "-c", KEEP_BATCHES, str(QUICKSTART), "40"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE)
+    assert "too many open files: raise the limit (ulimit -n)" in done.stdout, done.stderr
+
+
 def test_other_errors_are_not_taken_for_a_dead_worker() -> None:
     assert explain_worker_death(RuntimeError("CUDA out of memory")) is None
     assert explain_worker_death(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal")) is None
@@ -125,8 +155,9 @@ pids = [w.pid for loader in (data.train, data.val) for w in loader._pool._loader
 print(*pids, flush=True)
 time.sleep(600)
 """
-    config = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
-    with subprocess.Popen([sys.executable, "-c", program, str(config)], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(QUICKSTART)], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 4
