@@ -1,6 +1,6 @@
 """The Triton kernels, compiled ahead of time for compute capability 9.0 by Triton's own compiler; no GPU needed.
 
-Launches go through Triton's `warmup`, with the tiles and arguments that a GPU would get, so what is looked at here is the
+Launches go through Triton's `warmup`, with the tiles and arguments that a GPU would get: what is looked at here is the
 machine code that will run there.
 """
 

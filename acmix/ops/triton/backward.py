@@ -168,7 +168,7 @@ def _key_gradient_kernel(
     tl.store(dv_ptr + dv_at, dv.to(dv_ptr.dtype.element_ty), mask=mine)
 
 
-def _query_gradient(
+def query_gradient(
     problem: Problem, maps: tuple[Tensor, ...], position_weight: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq in the layout of q, delta (B, N, Ho, Wo) and dP (d, 2), the latter two in float32."""
@@ -184,7 +184,7 @@ def _query_gradient(
     return dq, delta, shares.sum(0)[: problem.head_dim] * -problem.scale
 
 
-def _key_gradient(
+def key_gradient(
     problem: Problem, maps: tuple[Tensor, ...], position_weight: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dk and dv in the layouts of k and v."""
@@ -212,6 +212,6 @@ def backward(
     weight = position_weight.contiguous()
     maps = (grad_out, q, k, v)
     with device_guard(q):
-        dq, delta, d_position = _query_gradient(problem, maps, weight, out, lse)
-        dk, dv = _key_gradient(problem, maps, weight, lse, delta)
+        dq, delta, d_position = query_gradient(problem, maps, weight, out, lse)
+        dk, dv = key_gradient(problem, maps, weight, lse, delta)
     return dq, dk, dv, d_position.to(position_weight.dtype)

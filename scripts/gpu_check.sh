@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Check and time everything on a machine with an NVIDIA GPU, in under 9 minutes:
+#
+#     scripts/gpu_check.sh [FOLDER]        FOLDER gets the results; benchmarks/gpu unless named
+#
+#   tests.txt                    pytest -m gpu: parity of the kernels with float64, bitwise repeatability, streams, graphs
+#   tiles.txt, tiles.json        the Triton kernels with other tiles, at the four shapes of a ResNet
+#   shift_conv_*.txt, .json      grouped against densified convolution path, at the same shapes
+#   RESULTS.md, results-cuda.json    the benchmark suite
+#
+# Installs nothing and needs no network. PYTHON names the interpreter (python3), AUTHORS a clone of the authors' code for
+# the rows that compare with it. Every step runs even when one before it failed; the exit status is then 1. 2: no GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+out=${1:-benchmarks/gpu}
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=()
+limit=525  # seconds for all of it
+
+if ! "$python" -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 2)'; then
+    echo "error: $python sees no CUDA device (or no torch); this check needs both" >&2
+    exit 2
+fi
+mkdir -p "$out"
+
+# step NAME SECONDS COMMAND...: output to the screen and NAME.txt; a step past its time is stopped and counts as failed
+step() {
+    local name=$1 most=$2 start=$SECONDS
+    shift 2
+    echo "== $name (at most ${most}s)"
+    timeout "$most" "$@" 2>&1 | tee "$out/$name.txt" || failed+=("$name")
+    echo "== $name took $((SECONDS - start))s"
+}
+
+"$python" -c 'import torch, triton; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)' \
+    | tee "$out/machine.txt"
+
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
+step tests 160 "$python" -m pytest -q -m gpu "${parallel[@]}" -p no:cacheprovider
+step tiles 140 "$python" scripts/tune_triton.py --seconds 110 --json "$out/tiles.json"
+for shape in 64x56 128x28 256x14 512x7; do
+    step "shift_conv_$shape" 25 "$python" scripts/benchmark.py "shift_conv:$shape" --impl folded,dense --device cuda \
+        --dtype bf16 --channels-last --batch-size 128 --seconds 2 --json "$out/shift_conv_$shape.json"
+done
+step suite $((limit - SECONDS)) "$python" scripts/benchmark.py --suite --device cuda --seconds 4 --out "$out" \
+    ${AUTHORS:+--authors "$AUTHORS"}
+
+if ((${#failed[@]})); then
+    echo "FAILED: ${failed[*]} (see $out)" >&2
+    exit 1
+fi
+echo "All steps passed in ${SECONDS}s; results in $out"
