@@ -114,7 +114,7 @@ from acmix.data.loader import build_data
 from acmix.errors import UserError
 if sys.argv[2] != "0":
     resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
-data = build_data(load_config(sys.argv[1], ["data.num_workers=2", "data.image_size=128", "data.batch_size=64"]))
+data = build_data(load_config(sys.argv[1], ["data.num_workers=2", "data.image_size=96", "data.batch_size=16"]))
 try:
     kept = list(data.train.epoch(0))
 except UserError as error:
@@ -123,7 +123,7 @@ except UserError as error:
 
 
 def test_a_full_shared_memory_is_an_error_and_not_a_hang() -> None:
-    inside = f"mount -t tmpfs -o size=16m tmpfs /dev/shm && exec {sys.executable} -c '{KEEP_BATCHES}' {QUICKSTART} 0"
+    inside = f"mount -t tmpfs -o size=8m tmpfs /dev/shm && exec {sys.executable} -c '{KEEP_BATCHES}' {QUICKSTART} 0"
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
         pytest.skip("a /dev/shm of one's own needs the right to mount")
     done = subprocess.run(["unshare", "--mount", "sh", "-c", inside], capture_output=True, text=True, timeout=PATIENCE)
