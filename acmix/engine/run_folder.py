@@ -25,11 +25,13 @@ class Choice:
     """Where a run goes on or begins.
 
     folder: the run folder; None for a new one named after the time. checkpoint: the run or checkpoint to continue from;
-    None to begin. status, message: set when there is nothing to do.
+    None to begin. or_begin: begin where the run to continue has no checkpoint yet. status, message: set when there is
+    nothing to do.
     """
 
     folder: Path | None = None
     checkpoint: Path | None = None
+    or_begin: bool = False
     status: int | None = None
     message: str = ""
 
@@ -139,7 +141,7 @@ def _continue_restarted(folder: Path) -> Choice:
         return Choice(folder, status=REQUEUE, message=f"{folder} was stopped by a signal and is not restarted here")
     if status == "done":
         return Choice(folder, status=0, message=f"{folder} is finished")
-    return Choice(folder, checkpoint=folder)
+    return Choice(folder, checkpoint=folder, or_begin=True)
 
 
 def _choose_automatically(config: Config, folder: Path | None) -> Choice:
@@ -149,9 +151,9 @@ def _choose_automatically(config: Config, folder: Path | None) -> Choice:
         if read_summary(folder).get("status") == "done":
             message = f"{folder} is finished, nothing to do; raise schedule.epochs and give --resume {folder} to go on"
             return Choice(folder, status=0, message=message)
-        return Choice(folder, checkpoint=folder)
+        return Choice(folder, checkpoint=folder, or_begin=True)
     unfinished = [run for run in _runs_named(config) if read_summary(run).get("status") != "done"]
-    return Choice(unfinished[0], checkpoint=unfinished[0]) if unfinished else Choice()
+    return Choice(unfinished[0], checkpoint=unfinished[0], or_begin=True) if unfinished else Choice()
 
 
 def _choose_explicitly(path: Path, folder: Path | None) -> Choice:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from acmix.config import Config
 from acmix.engine.checkpoint import CheckpointStore, Snapshot, load_checkpoint
+from acmix.engine.checkpoint_folder import CHECKPOINTS, list_checkpoints
 from acmix.engine.distributed import Distributed
 from acmix.engine.exits import DONE, REQUEUE
 from acmix.engine.failure import Quiet
@@ -91,13 +92,18 @@ class Session:
                 self._store.wait()  # a save that was begun is worth finishing, whatever else went wrong
 
     def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to continue from; an unfinished run without one begins again in its folder."""
+        """The checkpoint to continue from; with `or_begin` a run that has none yet begins again in its folder."""
         if self.choice.checkpoint is None:
             return None
         if self.choice.folder is not None and self.choice.folder.is_dir():  # a new one only once nothing is wrong
             self._lock(self.choice.folder)
         path = self.choice.checkpoint
-        return self._open_store(path).newest() if path == self.choice.folder else path
+        if not self.choice.or_begin:
+            return path
+        newest = self._open_store(path).newest()
+        if newest is None and list_checkpoints(path / CHECKPOINTS):
+            raise UserError(f"{path}: every checkpoint is damaged; begin a new run with another run.dir")
+        return newest
 
     def _create(self, classes: list[str], step: int) -> Path:
         folder = self.choice.folder or new_folder(str(self.config.run.name))

@@ -1,0 +1,125 @@
+"""eval.py's command line: runs, checkpoints and weights files; bad input is refused with one message."""
+
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+model: {name: test_resnet}
+data: {dataset: digits, image_size: 24, batch_size: 16, val_batch_size: 120, num_workers: 0}
+augment: {crop: pad, pad: 2}
+schedule: {epochs: 1, steps: 2}
+ema: {decay: 0.5}
+"""
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The last line on stdout."""
+        assert self.status == 0, self.err
+        read: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return read
+
+
+Evaluate = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two updates, with averaged weights."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    main = runpy.run_path(str(ROOT / "train.py"))["main"]
+    assert main(["--config", str(folder / "tiny.yaml"), f"run.dir={folder / 'run'}"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Evaluate:
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(ROOT / "eval.py"))["main"]
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return Outcome(status, *capfd.readouterr())
+
+    return run
+
+
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    assert outcome.status == 2, outcome
+    assert outcome.err.startswith("error: ")
+    assert "Traceback" not in outcome.err
+    for part in parts:
+        assert part in outcome.err
+
+
+def test_run_checkpoint_and_weights_give_what_training_logged(run_dir: Path, evaluate: Evaluate) -> None:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    [logged] = [row for row in rows if row["event"] == "eval"]
+    for path in (run_dir, run_dir / "checkpoints" / "best", run_dir / "checkpoints" / "last" / "ema.safetensors"):
+        result = evaluate("--checkpoint", path).result
+        assert {key: result[key] for key in ("top1", "top5", "count", "loss")} == {
+            key: logged[key] for key in ("top1", "top5", "count", "loss")
+        }
+
+
+def test_raw_weights_on_request_and_the_result_in_a_file(run_dir: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    averaged = evaluate("--checkpoint", run_dir, "--weights", "ema").result
+    raw = evaluate("--checkpoint", run_dir, "--weights", "raw", "--json", tmp_path / "raw.json").result
+    assert raw["loss"] != averaged["loss"]
+    assert json.loads((tmp_path / "raw.json").read_text()) == raw
+    file = run_dir / "checkpoints" / "last" / "model.safetensors"
+    assert evaluate("--checkpoint", file).result["loss"] == raw["loss"]
+
+
+def test_report_holds_every_class_and_a_picture(run_dir: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    result = evaluate("--checkpoint", run_dir, "--report", tmp_path / "report").result
+    report = json.loads((tmp_path / "report" / "classes.json").read_text())
+    assert sum(report[str(digit)]["support"] for digit in range(10)) == result["count"] == 360
+    assert report["accuracy"] == pytest.approx(result["top1"] / 100)
+    matrix = [
+        list(map(int, line.split(","))) for line in (tmp_path / "report" / "confusion.csv").read_text().splitlines()
+    ]
+    assert sum(map(sum, matrix)) == 360
+    with Image.open(tmp_path / "report" / "confusion.png") as picture:
+        assert picture.width > 300
+
+
+def test_weights_file_needs_a_config_and_takes_any_prefix(run_dir: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    weights = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "weights.pth")
+    assert_refused(evaluate("--checkpoint", "weights.pth"), "weights.pth", "--config")
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    result = evaluate("--checkpoint", "weights.pth", "--config", "tiny.yaml").result
+    assert result["loss"] == evaluate("--checkpoint", run_dir, "--weights", "raw").result["loss"]
+
+
+def test_bad_input_is_refused(run_dir: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    config = ("--config", "tiny.yaml")
+    assert_refused(evaluate(), "--checkpoint")
+    assert_refused(evaluate("--checkpoint", "nowhere"), "nowhere")
+    assert_refused(evaluate("--checkpoint", run_dir, "data.imagesize=32"), "data.imagesize", "data.image_size")
+    assert_refused(evaluate("--checkpoint", run_dir, "model.name=test_resnett"), "test_resnet")
+    assert_refused(
+        evaluate("--checkpoint", run_dir, "model.name=test_vit", "model.kwargs={img_size: 24}"), "do not fit"
+    )
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert_refused(evaluate("--checkpoint", "other.safetensors", *config), "other.safetensors", "do not fit")
+    file = run_dir / "checkpoints" / "last" / "model.safetensors"
+    assert_refused(evaluate("--checkpoint", file, "--weights", "ema"), "ema")
