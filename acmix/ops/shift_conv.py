@@ -137,9 +137,17 @@ def _convolve_dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int
 
 def _bias_map(fc_bias: Tensor, shift_weight: Tensor, like: Tensor, stride: int, dilation: int) -> Tensor:
     """What the fully connected layer's bias adds to each position: (N*d, Ho, Wo), from the taps that lie in the map."""
-    taps = torch.einsum("oiyx,i->oyx", shift_weight, fc_bias).unsqueeze(1)
-    ones = torch.ones((1, 1, *like.shape[-2:]), dtype=taps.dtype, device=taps.device)
-    return F.conv2d(ones, taps, None, stride, dilation * (taps.shape[-1] // 2), dilation)[0]
+    taps = torch.einsum("oiyx,i->oyx", shift_weight, fc_bias)
+    rows, columns = (_inside(size, taps, stride, dilation) for size in like.shape[-2:])
+    return rows.T @ (taps @ columns)
+
+
+def _inside(size: int, taps: Tensor, stride: int, dilation: int) -> Tensor:
+    """1 where a tap (rows) at an output position (columns) meets the map and not its padding, along one axis."""
+    kernel = taps.shape[-1]
+    tap = (torch.arange(kernel, device=taps.device) - kernel // 2) * dilation
+    place = torch.arange(0, size, stride, device=taps.device) + tap[:, None]
+    return ((place >= 0) & (place < size)).to(taps.dtype)
 
 
 def _check(

@@ -14,7 +14,7 @@ from acmix.testing import ShiftConvCase as Case
 from acmix.testing import assert_parity
 
 needs_compiler = pytest.mark.skipif(cxx_compiler() is None, reason="needs a C++ compiler")
-FAST = ("folded", "dense", pytest.param("compiled", marks=needs_compiler))
+FAST = ("folded", "unfolded", "dense", pytest.param("compiled", marks=needs_compiler))
 
 CASES = (
     Case(heads=4, head_dim=6, height=7, width=9),
@@ -111,7 +111,10 @@ BAD_CALLS = {
     "fc bias": ({"fc_bias": torch.zeros(8)}, r"fc_bias must be \(k²,\) = \(9,\), got \(8,\)"),
     "bias": ({"bias": torch.zeros(9)}, r"bias must be \(channels,\) = \(8,\), got \(9,\)"),
     "stride": ({"stride": 0}, r"stride 0 and dilation 1"),
-    "impl": ({"impl": "fast"}, r"unknown impl 'fast': choose auto or one of reference, folded, compiled, dense"),
+    "impl": (
+        {"impl": "fast"},
+        r"unknown impl 'fast': choose auto or one of reference, folded, unfolded, compiled, dense",
+    ),
 }
 
 
