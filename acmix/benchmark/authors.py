@@ -41,7 +41,9 @@ class Authors:
         if name in _SWINS:
             depths, drop_path = _SWINS[name]
             swin = self._load("Swin-Transformer/models/swin_transformer_acmix.py")
-            return swin.SwinTransformer_acmix(depths=list(depths), drop_path_rate=drop_path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.meshgrid has since got an argument
+                return swin.SwinTransformer_acmix(depths=list(depths), drop_path_rate=drop_path)
         raise UserError(f"authors:{name}: choose one of {', '.join([*_RESNETS, *_SWINS])} or block:CHANNELSxSIZE")
 
     def _resnet(self, layers: list[int]) -> nn.Module:

@@ -75,8 +75,10 @@ def _positive(text: str) -> int:
 
 
 def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
-    if not options.out.is_dir():
-        raise UserError(f"--out {options.out}: no such folder")
+    try:
+        options.out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: {error.strerror}") from None
     machine = describe(device, options.threads)
     suite = Suite(device, options.authors, options.seconds)
     rows = run_targets(suite, lambda line: print(line, flush=True))

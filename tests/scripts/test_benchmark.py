@@ -92,7 +92,7 @@ def test_the_authors_code_comes_from_a_clone(tmp_path: Path) -> None:
         (["authors:resnet26"], "needs --authors PATH"),
         (["authors:resnet26", "--authors", "/nowhere"], "no ResNet/test_bottleneck.py there"),
         (["authors:nosuch", "--authors", "/nowhere"], "choose one of"),
-        (["--suite", "--out", "/nowhere"], "no such folder"),
+        (["--suite", "--out", "/nowhere/deep"], "No such file"),
         (["block:16x8", "--json", "/nowhere/x.json"], "cannot write"),
     ],
 )
