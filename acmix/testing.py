@@ -2,8 +2,8 @@
 
 The budget is derived, not tuned: against the exact result (the reference in float64), an implementation may err at most
 twice as much as plain PyTorch (the reference in the same dtype), plus what the order of its own sums may cost: a
-rounding of the result and one of what is folded beforehand (weights, positions); for the gradient of a weight, which is a
-sum over the n positions of all heads, the roundings of n partial sums of random terms, sqrt(n / 8) units. For float64
+rounding of the result and one of what is folded beforehand (weights, positions); for the gradient of a weight, a sum
+over the n positions of all heads, the roundings of n partial sums of random terms, sqrt(n / 8) units. For float64
 itself, plain PyTorch's error is that in float32, scaled by the units of rounding.
 """
 
