@@ -164,7 +164,11 @@ class WindowAttention(AttentionPath):
         return self._from_windows(out, height, width)
 
     def bias(self, height: int, width: int) -> Tensor:
-        """Relative position bias and shift mask in one: (windows of an H × W map or 1, N, area, area)."""
+        """Relative position bias and shift mask in one: (windows of an H × W map or 1, N, area, area).
+
+        Mask and index are kept; their sum with the table is taken once a call, about a hundredth of the attention, and
+        is not kept: a table may change in ways that cannot be noticed, such as through `.data`.
+        """
         area = self.window_size[0] * self.window_size[1]
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         bias = bias.view(area, area, self.heads).permute(2, 0, 1)[None]

@@ -207,6 +207,17 @@ def test_autocast_trains_in_bfloat16(name, kwargs):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
+@SMALL
+def test_a_network_is_one_graph_to_compile_and_to_export(name, kwargs):
+    model = build(name, kwargs).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), model(images()))
+    compiled(images()).sum().backward()
+    exported = torch.export.export(model, (images(),)).module()
+    torch.testing.assert_close(exported(images()), model(images()))
+
+
 def test_default_configs_say_what_timm_needs():
     for name in timm.list_models("acmix_*"):
         cfg = timm.get_pretrained_cfg(name)
