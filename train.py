@@ -74,7 +74,8 @@ def train(config: Config, choice: Choice, signals: StopSignals, *, dry_run: bool
         learner = dist.together(lambda: Learner(config, model, dist, data.train, mixing=mixing))
         if dry_run:
             lines = plan(config, learner, data)
-            print(*lines if dist.is_main else [], sep="\n")
+            if dist.is_main:
+                print("\n".join(lines))
             return 0
         trainer = Trainer(config, learner, data, session, signals)
         if snapshot is not None:

@@ -1,5 +1,7 @@
 """A model and all that moves its weights: loss, gradients, optimiser, schedule, loss scaling, running average."""
 
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -70,6 +72,7 @@ class Learner:
         if dist.world_size > 1:
             self._runner = _wrap(self.model, dist)
         if config.precision.compile:
+            _need_compiler(dist.device)
             self._runner.compile()  # in place: no wrapper, no `_orig_mod.` in the state dict
 
     @property
@@ -231,6 +234,11 @@ def _wrap(model: nn.Module, dist: Distributed) -> DistributedDataParallel:
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+
+
+def _need_compiler(device: torch.device) -> None:
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise UserError("precision.compile needs a C++ compiler on the CPU; install g++ or set it to false")
 
 
 def _refuse(enable: bool) -> None:

@@ -97,6 +97,8 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; returns whether a stop was agreed on."""
         progress = self.progress
+        if progress.step >= self.total_updates:
+            return False
         updates = self.data.train.epoch(progress.epoch, start_update=progress.update_in_epoch)
         self.learner.model.train()
         self.meter.restart()
@@ -107,11 +109,11 @@ class Trainer:
             description=f"epoch {progress.epoch + 1}/{self.config.schedule.epochs}",
         )
         for batches in shown:
-            if progress.step >= self.total_updates:
-                break
             verdict = self._train_update(batches)
             if verdict.stop:
                 return True
+            if progress.step >= self.total_updates:
+                break
             if self._checkpoint_due():
                 self._save()
             self.dist.watchdog.tick(progress.step + 1, "loading data")
@@ -208,8 +210,8 @@ class Trainer:
 
     def _agree(self, *, loss: float = 0.0, bad: bool = False, unread: int = 0) -> Verdict:
         """The collective of a step boundary. A rank that cannot go on (a save failed) ends all of them here."""
-        if self.dist.is_main and self._problem is None:
-            self._problem = self._attempt(self.session.store.poll)
+        if self.dist.is_main:
+            self._attempt(self.session.store.poll)
         verdict = self.dist.agree(
             loss=loss, bad=bad, unread=unread, stop=self.signals.requested, give_up=self._problem is not None
         )
@@ -269,15 +271,14 @@ class Trainer:
     def _checkpoint_due(self) -> bool:
         every = self.config.run.checkpoint_every
         progress = self.progress
-        if progress.update_in_epoch == self.updates_per_epoch or progress.step == self.total_updates:
-            return False  # saved after the evaluation
-        return every > 0 and progress.step % every == 0
+        at_end_of_epoch = progress.update_in_epoch == self.updates_per_epoch  # saved after its evaluation
+        return every > 0 and progress.step % every == 0 and not at_end_of_epoch
 
     def _save(self, *, best: bool = False) -> None:
         """Save on rank 0. A failure ends all ranks at their next agreement, not this one alone."""
         self.dist.watchdog.tick(self.progress.step, "saving")
         if self.dist.is_main:
-            self._problem = self._attempt(lambda: self._write(best))
+            self._attempt(lambda: self._write(best))
         self._saved_at = (self.progress.step, self.progress.epoch)
         self.meter.restart()
 
@@ -285,19 +286,18 @@ class Trainer:
         """After the first update the optimiser has its state: get the memory for copies before the first save."""
         if self.dist.is_main and not self._reserved:
             self._reserved = True
-            self._problem = self._attempt(lambda: self.session.store.reserve(self._snapshot()))
+            self._attempt(lambda: self.session.store.reserve(self._snapshot()))
 
     def _write(self, best: bool) -> None:
         self.session.log.sync()
         self.session.store.save(self._snapshot(), best=best)
 
-    def _attempt(self, work: Callable[[], None]) -> UserError | None:
-        """Do what may fail on rank 0 alone; the error, to be raised at the next agreement."""
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """Do what may fail on rank 0 alone; the first error is raised at the next agreement, when all ranks can end."""
         try:
             work()
         except UserError as error:
-            return error
-        return None
+            self._problem = self._problem or error
 
     def _snapshot(self) -> Snapshot:
         learner = self.learner
@@ -332,8 +332,8 @@ class Trainer:
 
     def _settle(self) -> None:
         """Wait until the last save is on disk; then no signal can spoil it, and all ranks leave together."""
-        if self.dist.is_main and self._problem is None:
-            self._problem = self._attempt(self.session.store.wait)
+        if self.dist.is_main:
+            self._attempt(self.session.store.wait)
         self._agree()
         self.signals.seal()
         self.dist.barrier()
