@@ -21,7 +21,7 @@ def test_each_mode_has_its_weights_and_only_the_parameters_it_learns(mode, param
     assert [name for name, _ in mix.named_parameters()] == parameters
     for parameter, value in zip(mix.parameters(), (0.3, 0.6), strict=False):
         parameter.data.fill_(value)
-    assert [float(weight) for weight in mix.weights()] == pytest.approx(weights)
+    assert [float(torch.as_tensor(weight).detach()) for weight in mix.weights()] == pytest.approx(weights)
 
 
 def test_learned_weights_start_at_one_half():
