@@ -160,7 +160,8 @@ class CheckpointStore:
             for name in ("last", "best"):
                 if link_target(self.folder / name) == step_name(number):
                     (self.folder / name).unlink()
-        if later and (self.folder / step_name(step)).is_dir():
+        # Also after a kill between a save's rename and its link: `last` must not stay behind what the run goes on from.
+        if (self.folder / step_name(step)).is_dir() and link_target(self.folder / "last") != step_name(step):
             replace_link(self.folder / "last", step_name(step))
             sync_folder(self.folder)
 

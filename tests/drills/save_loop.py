@@ -22,11 +22,17 @@ def make_snapshot(step: int, size: int) -> Snapshot:
     return Snapshot({"w": values}, {"w": values}, {"momentum": values}, {"step": step})
 
 
+def say(line: str) -> None:
+    """Write a line as a whole: a kill must not tear it."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
 def save_all(options: argparse.Namespace) -> None:
     store = CheckpointStore(options.run_dir, options.keep, background=options.background, on_error=options.on_error)
     newest = store.newest()
     done = load_checkpoint(newest).step if newest else 0
-    print("resumed", done, flush=True)
+    store.rewind(done)
+    say(f"resumed {done}")
     for step in range(done + 1, options.steps + 1):
         size = options.size * (1000 if step == options.big_step else 1)
         for _ in range(options.times):
@@ -34,9 +40,9 @@ def save_all(options: argparse.Namespace) -> None:
             if not options.leave:
                 store.wait()
         if (store.folder / f"step_{step:08d}").is_dir():
-            print("saved", step, flush=True)
+            say(f"saved {step}")
     if not options.leave:
-        print("holds", *sorted(os.listdir(store.folder)), "newest", load_checkpoint(options.run_dir).step, flush=True)
+        say(f"holds {' '.join(sorted(os.listdir(store.folder)))} newest {load_checkpoint(options.run_dir).step}")
 
 
 if __name__ == "__main__":

@@ -251,6 +251,18 @@ def test_a_checkpoint_whose_replacement_was_killed_is_put_back(tmp_path: Path) -
     assert make_store(tmp_path).newest() == store.folder / "step_00000001"
 
 
+def test_a_link_that_a_kill_left_behind_catches_up_when_the_run_goes_on(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    store.save(make_snapshot(1), best=False)
+    store.save(make_snapshot(2), best=False)
+    (store.folder / "last").unlink()
+    (store.folder / "last").symlink_to("step_00000001")
+    newest = store.newest()
+    assert newest is not None
+    store.rewind(load_checkpoint(newest).step)
+    assert os.readlink(store.folder / "last") == "step_00000002"
+
+
 def test_rewinding_sets_later_checkpoints_aside(tmp_path: Path) -> None:
     store = make_store(tmp_path, keep=9)
     for step in (1, 2, 3):
