@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from acmix.config import Config, load_config
 from acmix.engine.arguments import Arguments
-from acmix.engine.failure import run_program
+from acmix.engine.failure import rank_from_environment, run_program
 from acmix.engine.run_folder import Choice, choose_run
 from acmix.engine.signals import StopSignals
 
@@ -39,7 +39,8 @@ def prepare(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     config = load_config(options.config, options.overrides)
     choice = Choice() if options.dry_run else choose_run(config, options.resume)
     if choice.status is not None:
-        print(choice.message)
+        if rank_from_environment() == 0:
+            print(choice.message)
         return choice.status
     return train(config, choice, signals, dry_run=options.dry_run)
 
