@@ -85,7 +85,7 @@ class Trainer:
     def _fit(self) -> int:
         if self._poll():
             return self._suspend()
-        complete = self.progress.step >= self.total_updates and self.progress.update_in_epoch == 0
+        complete = self._is_complete()
         while not complete:
             stopped = self._train_epoch()
             if stopped or not self._finish_epoch():
@@ -93,6 +93,12 @@ class Trainer:
             complete = self.progress.step >= self.total_updates
         self._settle()
         return DONE
+
+    def _is_complete(self) -> bool:
+        """Whether a resumed run has nothing left to do: a run killed after its last save was evaluated already."""
+        progress = self.progress
+        evaluated = bool(progress.history) and progress.history[-1]["step"] == progress.step
+        return progress.step >= self.total_updates and (evaluated or progress.update_in_epoch == 0)
 
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; returns whether a stop was agreed on."""
