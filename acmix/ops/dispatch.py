@@ -31,8 +31,9 @@ class Problem:
     kernel_size: int
     stride: int
     dilation: int
-    tracing: bool = False  # by torch.compile, not by torch.export
+    may_compile: bool = False  # whether auto may take what has to be compiled first; see may_compile()
     triton_refusal: str | None = None
+    compiled_refusal: str | None = None  # what the C++ compiler said
 
     @property
     def keys(self) -> int:
@@ -50,14 +51,9 @@ class Problem:
         )
 
 
-@torch.compiler.assume_constant_result
+@functools.cache
 def cxx_compiler() -> str | None:
     """Path of the C++ compiler, $CXX or else the first found, or None."""
-    return _find_cxx()
-
-
-@functools.cache
-def _find_cxx() -> str | None:
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
     return next((path for path in map(shutil.which, names) if path), None)
 
@@ -81,16 +77,15 @@ def can_run_halo(problem: Problem) -> str | None:
 
 
 def can_run_compiled(problem: Problem) -> str | None:
-    """The compiled implementation needs the CPU and a C++ compiler."""
-    return _no_compiled(problem.device)
+    """The compiled implementation needs the CPU and a C++ compiler that accepts it."""
+    return not_compiled(problem.device, problem.compiled_refusal)
 
 
-def _no_compiled(device: str) -> str | None:
+def not_compiled(device: str, compiler_refusal: str | None) -> str | None:
+    """Why C++ cannot run for tensors on `device`, given what the compiler said, or None."""
     if device != "cpu":
         return f"it is written for the CPU, the tensors are on {device}"
-    if cxx_compiler() is None:
-        return "there is no C++ compiler (install g++ or clang++, or set CXX)"
-    return None
+    return compiler_refusal
 
 
 def can_run_triton(problem: Problem) -> str | None:
@@ -112,7 +107,7 @@ _PREFERENCE = ("triton", "dense", "compiled", "halo")
 
 def pays_dense(problem: Problem) -> str | None:
     """Why dense attention would lose against its rival here, or None. The crossovers are measured, on a CPU."""
-    if problem.tracing and can_run_compiled(problem) is None:
+    if problem.may_compile and can_run_compiled(problem) is None:
         limit, rival = 4 * problem.kernel_size**2, "compiled"
     else:
         limit, rival = problem.kernel_size**2 * (9 if problem.stride == 1 else 16), "halo"
@@ -126,8 +121,8 @@ def _declines(name: str, problem: Problem) -> str | None:
     refusal = _PREDICATES[name](problem)
     if refusal is None and name == "dense":
         refusal = pays_dense(problem)
-    if refusal is None and name == "compiled" and not problem.tracing:
-        refusal = "auto takes it only inside torch.compile, so that eager code never waits for a compiler"
+    if refusal is None and name == "compiled" and not problem.may_compile:
+        refusal = "auto takes it only inside torch.compile, or with ACMIX_COMPILE=always"
     return refusal
 
 
@@ -147,20 +142,28 @@ def resolve(impl: str, problem: Problem) -> str:
     return impl
 
 
-def resolve_shift_conv(impl: str, device: str, tracing: bool, *, channels_last: bool = False, heads: int = 1) -> str:
+def resolve_shift_conv(
+    impl: str,
+    device: str,
+    may_compile: bool,
+    compiled_refusal: str | None = None,
+    *,
+    channels_last: bool = False,
+    heads: int = 1,
+) -> str:
     """The implementation of the convolution path to run.
 
-    On a CPU `auto` takes `unfolded` for channels_last maps of many heads, otherwise `compiled` inside torch.compile;
+    On a CPU `auto` takes `unfolded` for channels_last maps of many heads, otherwise `compiled` where it may compile;
     everywhere else `folded`.
 
     Raises:
         ValueError: if `impl` is unknown or cannot run on this device; the message holds the reason.
     """
-    refusal = _no_compiled(device)
+    refusal = not_compiled(device, compiled_refusal)
     if impl == "auto":
         if device == "cpu" and channels_last and heads > MAX_FOLDED_HEADS:
             return "unfolded"
-        return "compiled" if tracing and refusal is None else "folded"
+        return "compiled" if may_compile and refusal is None else "folded"
     if impl not in SHIFT_CONV_IMPLS:
         raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(SHIFT_CONV_IMPLS)}")
     if impl == "compiled" and refusal is not None:
@@ -168,9 +171,22 @@ def resolve_shift_conv(impl: str, device: str, tracing: bool, *, channels_last: 
     return impl
 
 
-def tracing() -> bool:
-    """Whether torch.compile is tracing the caller; torch.export, whose result outlives this machine, does not count."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+def may_compile() -> bool:
+    """Whether `auto` may take an implementation that has to be compiled first, by ACMIX_COMPILE in the environment.
+
+    `traced`, the default: inside torch.compile, whose caller waits for compilers anyway; torch.export, whose result
+    outlives this machine, does not count. `always`: in eager code too, at a second or two for each new window size.
+    `never`: nowhere.
+
+    Raises:
+        ValueError: for another value.
+    """
+    choice = os.environ.get("ACMIX_COMPILE", "traced")
+    if choice not in ("never", "traced", "always"):
+        raise ValueError(f"ACMIX_COMPILE is {choice!r}: choose never, traced or always")
+    if torch.compiler.is_exporting():
+        return False
+    return choice == "always" or (choice == "traced" and torch.compiler.is_compiling())
 
 
 def announce(impl: str, problem: Problem) -> None:

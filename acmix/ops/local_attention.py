@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from acmix.ops import dispatch, reference
+from acmix.ops.cpu import native
 from acmix.ops.triton import local_attention as triton_attention
 
 
@@ -51,7 +52,7 @@ def local_attention(
         with torch.autocast(device, enabled=False):
             return local_attention(q, k, v, position_weight, kernel_size, stride, impl, dilation=dilation)
     _check(q, k, v, position_weight, kernel_size, stride, dilation)
-    problem = _describe(q, position_weight, kernel_size, stride, dilation)
+    problem = _describe(q, position_weight, kernel_size, stride, dilation, impl)
     choice = dispatch.resolve(impl, problem)
     if choice == "reference":
         if not torch.compiler.is_compiling():
@@ -65,8 +66,12 @@ def cast_maps(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     return tuple(m if m.dtype == torch.float64 else m.to(dtype) for m in (q, k, v))  # type: ignore[return-value]
 
 
-def _describe(q: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int) -> dispatch.Problem:
+def _describe(
+    q: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int, impl: str
+) -> dispatch.Problem:
     head_dim = position_weight.shape[0]
+    may_compile = dispatch.may_compile()
+    ask = q.device.type == "cpu" and (impl == "compiled" or (impl == "auto" and may_compile))
     return dispatch.Problem(
         device=q.device.type,
         dtype=q.dtype,
@@ -75,8 +80,9 @@ def _describe(q: Tensor, position_weight: Tensor, kernel_size: int, stride: int,
         kernel_size=kernel_size,
         stride=stride,
         dilation=dilation,
-        tracing=dispatch.tracing(),
+        may_compile=may_compile,
         triton_refusal=triton_attention.unsupported(q, kernel_size, stride, dilation, head_dim),
+        compiled_refusal=native.refusal("attention.cpp", q.dtype, kernel_size, 0) if ask else None,
     )
 
 
@@ -137,7 +143,7 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The attended map, and the log-sum-exp of the logits where the implementation's backward pass needs it."""
-    dispatch.announce(impl, _describe(q, position_weight, kernel_size, stride, dilation))
+    dispatch.announce(impl, _describe(q, position_weight, kernel_size, stride, dilation, impl))
     result = _implementation(impl).forward(q, k, v, position_weight, kernel_size, stride, dilation)
     return result if impl == "triton" else (result, q.new_empty(0, dtype=torch.float32))
 

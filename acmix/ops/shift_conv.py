@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acmix.ops import dispatch, reference
+from acmix.ops.cpu import native
 from acmix.ops.local_attention import cast_maps
 
 
@@ -57,8 +58,11 @@ def shift_conv(
                 q, k, v, fc_weight, shift_weight,
                 fc_bias=fc_bias, bias=bias, stride=stride, dilation=dilation, impl=impl,
             )  # fmt: skip
+    heads, may_compile = fc_weight.shape[1] // 3, dispatch.may_compile()
+    ask = device == "cpu" and (impl == "compiled" or (impl == "auto" and may_compile))
+    refusal = native.refusal("convolution.cpp", q.dtype, shift_weight.shape[-1], heads) if ask else None
     choice = dispatch.resolve_shift_conv(
-        impl, device, dispatch.tracing(), channels_last=_is_channels_last(q), heads=fc_weight.shape[1] // 3
+        impl, device, may_compile, refusal, channels_last=_is_channels_last(q), heads=heads
     )
     if choice == "reference":
         fc_weight, shift_weight = fc_weight.to(q.dtype), shift_weight.to(q.dtype)

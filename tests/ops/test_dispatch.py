@@ -23,10 +23,7 @@ PROBLEM = dispatch.Problem(
 )
 
 
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "cxx_compiler", lambda: None)
-    monkeypatch.setattr(native, "cxx_compiler", lambda: None)
+NO_COMPILER = "there is no C++ compiler (install g++ or clang++, or set CXX)"
 
 
 def test_auto_takes_triton_whenever_it_can_run() -> None:
@@ -40,25 +37,65 @@ def test_auto_takes_dense_for_small_maps_and_halo_for_large_ones() -> None:
     assert dispatch.resolve("auto", PROBLEM) == "halo"
 
 
-def test_auto_takes_compiled_only_while_torch_compile_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "cxx_compiler", lambda: "/usr/bin/c++")
-    assert dispatch.resolve("auto", replace(PROBLEM, tracing=True)) == "compiled"
+def test_auto_takes_compiled_only_where_it_may_compile() -> None:
+    assert dispatch.resolve("auto", replace(PROBLEM, may_compile=True)) == "compiled"
+    assert dispatch.resolve("auto", replace(PROBLEM, may_compile=True, shape=(4, 64, 14, 14))) == "dense"
     assert dispatch.resolve("auto", PROBLEM) == "halo"
-    assert dispatch.resolve_shift_conv("auto", "cpu", tracing=True) == "compiled"
-    assert dispatch.resolve_shift_conv("auto", "cpu", tracing=False) == "folded"
-    assert dispatch.resolve_shift_conv("auto", "cuda", tracing=True) == "folded"
+    assert dispatch.resolve_shift_conv("auto", "cpu", may_compile=True) == "compiled"
+    assert dispatch.resolve_shift_conv("auto", "cpu", may_compile=False) == "folded"
+    assert dispatch.resolve_shift_conv("auto", "cuda", may_compile=True) == "folded"
 
 
-@pytest.mark.usefixtures("no_compiler")
+def test_the_environment_says_where_auto_may_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if dispatch.may_compile() else x
+
+    zero = torch.zeros(())
+    for setting, eager, inside in (("never", False, 0), ("traced", False, 1), ("always", True, 1)):
+        torch.compiler.reset()
+        monkeypatch.setenv("ACMIX_COMPILE", setting)
+        assert dispatch.may_compile() is eager
+        assert traced(zero) == inside
+    monkeypatch.setenv("ACMIX_COMPILE", "sometimes")
+    with pytest.raises(ValueError, match="ACMIX_COMPILE is 'sometimes': choose never, traced or always"):
+        dispatch.may_compile()
+
+
 def test_without_a_compiler_auto_does_without_and_compiled_says_what_to_install() -> None:
-    assert dispatch.resolve("auto", replace(PROBLEM, tracing=True)) == "halo"
-    assert dispatch.resolve_shift_conv("auto", "cpu", tracing=True) == "folded"
+    assert dispatch.resolve("auto", replace(PROBLEM, may_compile=True, compiled_refusal=NO_COMPILER)) == "halo"
+    assert dispatch.resolve_shift_conv("auto", "cpu", True, NO_COMPILER) == "folded"
     with pytest.raises(ValueError, match=r"impl 'compiled' cannot run.*no C\+\+ compiler \(install g\+\+"):
-        dispatch.resolve("compiled", PROBLEM)
+        dispatch.resolve("compiled", replace(PROBLEM, compiled_refusal=NO_COMPILER))
     with pytest.raises(ValueError, match=r"impl 'compiled' cannot run.*no C\+\+ compiler \(install g\+\+"):
-        dispatch.resolve_shift_conv("compiled", "cpu", tracing=False)
-    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
-        native.library("attention.cpp", torch.float32, K=99, LANES=16)
+        dispatch.resolve_shift_conv("compiled", "cpu", False, NO_COMPILER)
+
+
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", **environment}
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+
+
+ONE_CALL = "import torch; from acmix.ops import local_attention as f; x = torch.zeros(1, 8, 30, 30)\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "no-such-compiler", "HOME": "/nonexistent"}, "there is no C++ compiler (install g++"),
+        ({"CXX": "false", "ACMIX_CACHE": "/dev/null/cache"}, "/dev/null/cache"),
+    ],
+    ids=["no compiler", "no cache folder"],
+)
+def test_a_machine_that_cannot_compile_falls_to_halo_and_says_why(environment: dict[str, str], reason: str) -> None:
+    program = ONE_CALL + "f(x, x, x, torch.zeros(4, 2), 5)"
+    run = run_python(program, ACMIX_DEBUG="1", ACMIX_COMPILE="always", **environment)
+    assert run.returncode == 0, run.stderr
+    assert ": halo (" in run.stderr
+    run = run_python(program.replace("5)", "5, impl='compiled')"), **environment)
+    assert run.returncode == 1
+    assert reason in run.stderr
 
 
 def test_an_explicit_implementation_never_falls_back() -> None:
@@ -76,9 +113,7 @@ def test_debug_prints_the_choice_and_the_reasons_once_per_shape() -> None:
         "import torch; from acmix.ops import local_attention as f; w = torch.zeros(4, 2)\n"
         "for size in (9, 9, 40, 9): x = torch.zeros(1, 8, size, size); f(x, x, x, w, 5)"
     )
-    environment = {"ACMIX_DEBUG": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    root = Path(__file__).resolve().parents[2]
-    run = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    run = run_python(program, ACMIX_DEBUG="1")
     lines = [line for line in run.stderr.splitlines() if line.startswith("acmix:")]
     assert len(lines) == 2, run.stderr
     assert "1×8×9×9" in lines[0]

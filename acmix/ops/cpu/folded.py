@@ -52,8 +52,11 @@ def _chunks(q: Tensor) -> Iterator[slice]:
 
 def _reorder(maps: list[Tensor], head_dim: int) -> Tensor:
     """q, k, v (b, N*d, H, W) as one map (b, d*3N, H, W)."""
-    together = torch.stack([m.unflatten(1, (-1, head_dim)) for m in maps], 1)  # (b, 3, N, d, H, W)
-    return together.permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
+    batch, channels, *size = maps[0].shape
+    together = maps[0].new_empty(batch, head_dim, 3, channels // head_dim, *size)
+    for i, m in enumerate(maps):
+        together[:, :, i].copy_(m.unflatten(1, (-1, head_dim)).transpose(1, 2))
+    return together.flatten(1, 3)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,10 +59,11 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
 
     Raises:
         RuntimeError: if there is no C++ compiler or it fails; the message holds its output.
+        OSError: if the folder cannot be written or the library cannot be loaded.
     """
     compiler = cxx_compiler()
     if compiler is None:
-        raise RuntimeError("no C++ compiler found: install g++ or clang++, or set CXX")
+        raise RuntimeError("there is no C++ compiler (install g++ or clang++, or set CXX)")
     folder = Path(__file__).parent
     defines = [f"-DT={_SCALARS[dtype][0]}", *(f"-D{name}={value}" for name, value in macros.items())]
     text = [(folder / name).read_text() for name in (source, "maps.h")]
@@ -76,6 +78,28 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
             built.replace(target)
     return ctypes.CDLL(str(target))
+
+
+@torch.compiler.assume_constant_result
+def refusal(source: str, dtype: torch.dtype, kernel_size: int, heads: int) -> str | None:
+    """Why `source` cannot be had for maps of this dtype, or None once it is compiled (for rows of whole vectors).
+
+    Args:
+        source: attention.cpp, which is indifferent to heads, or convolution.cpp.
+    """
+    return _refusal(source, torch.promote_types(dtype, torch.float32), kernel_size, heads)
+
+
+@cache
+def _refusal(source: str, dtype: torch.dtype, kernel_size: int, heads: int) -> str | None:
+    macros = {"K": kernel_size, "LANES": lanes(sys.maxsize, dtype)}
+    if source == "convolution.cpp":
+        macros["N"] = heads
+    try:
+        library(source, dtype, **macros)
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    return None
 
 
 @cache
