@@ -255,6 +255,8 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
         dataset_kind(data.dataset)
     except UserError as error:
         return [(("data", "dataset"), str(error))]
+    if "num_classes" in config.model.kwargs:
+        found.append((("model", "kwargs", "num_classes"), "has a key of its own: model.num_classes"))
     if schedule.warmup_epochs > schedule.epochs:
         text = f"{schedule.warmup_epochs:g} is more than schedule.epochs, {schedule.epochs}"
         found.append((("schedule", "warmup_epochs"), text))

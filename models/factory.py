@@ -20,7 +20,6 @@ _REFUSED = {
     "pretrained_cfg_overlay": "name the weights file under model.checkpoint",
     "cache_dir": "set HF_HOME or TORCH_HOME instead",
     "features_only": "use timm.create_model in Python for feature maps",
-    "num_classes": "it is model.num_classes",
 }
 
 

@@ -301,6 +301,7 @@ def test_overrides_reach_every_level_and_are_refused_twice(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
+        (["model.kwargs.num_classes=3"], "model.kwargs.num_classes"),
         (["schedule.warmup_epochs=4"], "schedule.warmup_epochs"),
         (["schedule.min_lr=1", "optimizer.lr=0.1"], "schedule.min_lr"),
         (["data.dataset=folder"], "data.root"),
