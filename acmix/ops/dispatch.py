@@ -200,3 +200,18 @@ def _announce(impl: str, problem: Problem) -> None:
     others = ((name, _declines(name, problem)) for name in _PREFERENCE if name != impl)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in others if reason)
     print(f"acmix: local_attention {problem}: {impl}" + (f" ({reasons})" if reasons else ""), file=sys.stderr)
+
+
+def announce_shift_conv(impl: str, device: str, shape: tuple[int, ...], may_compile: bool, refusal: str | None) -> None:
+    """The same for the convolution path."""
+    if os.environ.get("ACMIX_DEBUG") == "1":
+        _announce_shift_conv(impl, device, shape, may_compile, refusal)
+
+
+@functools.cache
+def _announce_shift_conv(
+    impl: str, device: str, shape: tuple[int, ...], may_compile: bool, refusal: str | None
+) -> None:
+    reason = not_compiled(device, refusal) or (None if may_compile else "auto takes it only where it may compile")
+    note = f" (compiled: {reason})" if reason and impl != "compiled" else ""
+    print(f"acmix: shift_conv {'×'.join(map(str, shape))} on {device}: {impl}{note}", file=sys.stderr)

@@ -64,6 +64,8 @@ def shift_conv(
     choice = dispatch.resolve_shift_conv(
         impl, device, may_compile, refusal, channels_last=_is_channels_last(q), heads=heads
     )
+    if not torch.compiler.is_compiling():
+        dispatch.announce_shift_conv(choice, device, tuple(q.shape), may_compile, refusal)
     if choice == "reference":
         fc_weight, shift_weight = fc_weight.to(q.dtype), shift_weight.to(q.dtype)
         fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))

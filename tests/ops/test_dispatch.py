@@ -122,6 +122,17 @@ def test_debug_prints_the_choice_and_the_reasons_once_per_shape() -> None:
     assert "auto takes it only inside torch.compile" in lines[1]
 
 
+def test_debug_prints_the_choice_for_the_convolution_path_once_per_shape() -> None:
+    program = (
+        "import torch; from acmix.ops import shift_conv as f; w, s = torch.zeros(9, 6), torch.zeros(8, 9, 3, 3)\n"
+        "for size in (9, 9): x = torch.zeros(1, 8, size, size); f(x, x, x, w, s)"
+    )
+    run = run_python(program, ACMIX_DEBUG="1")
+    lines = [line for line in run.stderr.splitlines() if line.startswith("acmix:")]
+    expected = "acmix: shift_conv 1×8×9×9 on cpu: folded (compiled: auto takes it only where it may compile)"
+    assert lines == [expected], run.stderr
+
+
 @pytest.mark.skipif(dispatch.cxx_compiler() is None, reason="needs a C++ compiler")
 def test_a_failing_compiler_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ACMIX_CACHE", str(tmp_path))
