@@ -25,8 +25,8 @@ class ACmix(nn.Module):
         shift: Kind of `ShiftConv`.
         attention: The attention path; None builds `LocalAttention` from the arguments above.
         conv_bias: Whether the convolution path's fully connected layer has a bias (Swin has one).
-        impl: Implementation of local attention; `reference` holds for the convolution path too, which otherwise
-            chooses for itself.
+        impl: Implementation of local attention; `reference` and `compiled` hold for the convolution path too, which
+            otherwise chooses for itself.
         stage: 1-based stage of the network, for logs.
 
     Raises:
@@ -70,7 +70,7 @@ class ACmix(nn.Module):
         if self.mix.has_attention:
             self.attention = attention or LocalAttention(heads, head_dim, kernel_att, stride, dilation, impl=impl)
         if self.mix.has_convolution:
-            conv_impl = "reference" if impl == "reference" else "auto"
+            conv_impl = impl if impl in ("reference", "compiled") else "auto"
             self.convolution = ShiftConv(
                 heads, head_dim, kernel_conv, stride, dilation, kind=shift, bias=conv_bias, impl=conv_impl
             )

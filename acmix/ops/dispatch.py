@@ -122,7 +122,7 @@ def _declines(name: str, problem: Problem) -> str | None:
     if refusal is None and name == "dense":
         refusal = pays_dense(problem)
     if refusal is None and name == "compiled" and not problem.may_compile:
-        refusal = "auto takes it only inside torch.compile, or with ACMIX_COMPILE=always"
+        refusal = "ACMIX_COMPILE or torch.export keeps auto from compiling here"
     return refusal
 
 
@@ -174,14 +174,14 @@ def resolve_shift_conv(
 def may_compile() -> bool:
     """Whether `auto` may take an implementation that has to be compiled first, by ACMIX_COMPILE in the environment.
 
-    `traced`, the default: inside torch.compile, whose caller waits for compilers anyway; torch.export, whose result
-    outlives this machine, does not count. `always`: in eager code too, at a second or two for each new window size.
-    `never`: nowhere.
+    `always`, the default: at a second or two for each new window size and dtype, once for a machine. `traced`: only
+    inside torch.compile, whose caller waits for compilers anyway. `never`: nowhere. torch.export never may: its result
+    outlives this machine.
 
     Raises:
         ValueError: for another value.
     """
-    choice = os.environ.get("ACMIX_COMPILE", "traced")
+    choice = os.environ.get("ACMIX_COMPILE", "always")
     if choice not in ("never", "traced", "always"):
         raise ValueError(f"ACMIX_COMPILE is {choice!r}: choose never, traced or always")
     if torch.compiler.is_exporting():
