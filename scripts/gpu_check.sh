@@ -11,9 +11,9 @@
 # Installs nothing and needs no network. PYTHON names the interpreter (python3), AUTHORS a clone of the authors' code for
 # the rows that compare with it. Every step runs even when one before it failed; the exit status is then 1. 2: no GPU.
 set -uo pipefail
+out=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/.."
-
-out=${1:-benchmarks/gpu}
+out=${out:-benchmarks/gpu}
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=()

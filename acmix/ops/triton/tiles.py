@@ -81,10 +81,10 @@ def shape_tile(window: Window, height: int, width: int, budget: Budget) -> Tile:
 
 # Padded head dimension → budget. Found by counting instructions, registers and spills of the compiled kernels.
 _FORWARD = {16: Budget(32, 32, 1, 2), 32: Budget(32, 32, 1, 2), 64: Budget(32, 32, 2, 2), 128: Budget(32, 32, 4, 1)}
-_BACKWARD = {16: Budget(32, 16, 1, 2), 32: Budget(32, 16, 1, 2), 64: Budget(32, 16, 2, 2), 128: Budget(32, 32, 4, 1)}
+_BACKWARD = {16: Budget(32, 16, 1, 2), 32: Budget(32, 16, 1, 2), 64: Budget(32, 16, 2, 1), 128: Budget(32, 32, 4, 1)}
 _TF32 = {16: Budget(32, 16, 2, 2), 32: Budget(32, 16, 2, 2), 64: Budget(32, 16, 4, 2)}
 # Without tensor cores the operands of a product sit in registers too: smaller pieces, more warps.
-_FLOAT32 = {16: Budget(32, 32, 2, 2), 32: Budget(32, 16, 4, 2), 64: Budget(32, 32, 8, 2)}
+_FLOAT32 = {16: Budget(32, 16, 2, 2), 32: Budget(32, 16, 4, 2), 64: Budget(32, 16, 8, 2)}
 _WIDEST = Budget(16, 16, 8, 1)
 
 
