@@ -9,6 +9,7 @@ import models
 from acmix.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
+NETWORKS = ("resnet26", "swin_tiny")
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -23,14 +24,15 @@ def test_config_opens_with_schema_command_cost_and_expected_result(path: Path) -
     assert (path.parent / schema).resolve() == ROOT / "configs" / "schema.json"
     for field in ("Command:", "Cost:", "Expected:"):
         assert any(line.startswith(f"# {field}") for line in header), f"{path} has no {field} line"
-    assert any(f"--config configs/{config_id(path)}" in line for line in header), f"{path}: the command names another file"
+    assert any(f"--config configs/{config_id(path)}" in line for line in header), f"{path}: another file's command"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=config_id)
 def test_config_validates_and_builds_its_model(path: Path) -> None:
     config = load_config(path, [])
+    classes = config.model.num_classes or 10
     with torch.device("meta"):
-        model = models.create_model(config.model.name, num_classes=config.model.num_classes or 10, **config.model.kwargs)
+        model = models.create_model(config.model.name, num_classes=classes, **config.model.kwargs)
     assert sum(parameter.numel() for parameter in model.parameters()) > 100_000
 
 
@@ -38,7 +40,8 @@ def test_plain_twins_share_their_recipe_with_the_acmix_config() -> None:
     pairs = [
         ("acmix_resnet26", "resnet26"),
         ("acmix_swin_tiny", "swin_tiny"),
-        *[(f"{data}/acmix_{name}", f"{data}/{name}") for data in ("cifar10", "cifar100") for name in ("resnet26", "swin_tiny")],
+        *((f"{data}/acmix_{name}", f"{data}/{name}") for data in ("cifar10", "cifar100") for name in NETWORKS),
+        ("cifar10/narrow_acmix_resnet26", "cifar10/narrow_resnet26"),
     ]
     for acmix_name, plain_name in pairs:
         acmix_config, plain = (
