@@ -94,7 +94,9 @@ def test_signals_at_random_instants(
                     os.kill(program.pid, name)
             ended = {program.wait() for program in programs}
             assert time.time() - sent < SECONDS
-            assert ended in ({REQUEUE}, {0}), [program.errors for program in programs]
+            # Before the program's first lines have run, the signal does what it does to any process.
+            unborn = ended == {-name} and not folder.exists()
+            assert unborn or ended in ({REQUEUE}, {0}), [program.errors for program in programs]
             stopped += ended == {REQUEUE}
             run_training(folder, *common, "--resume", "auto", ranks=ranks)
             assert_same_run(tmp_path / f"whole-{ranks}", folder)
