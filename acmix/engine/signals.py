@@ -51,8 +51,9 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Sealed: the program's exit status stands, and a late signal may not turn it into another.
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._sealed else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)  # ends the thread, which closes its own end
 
