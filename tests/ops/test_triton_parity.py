@@ -23,27 +23,17 @@ from torch.torch_version import TorchVersion
 
 from acmix.ops import reference
 from acmix.ops.triton import local_attention as kernels
+from acmix.testing import AttentionCase
 
 NAMES = ("out", "dq", "dk", "dv", "dP")
 
 
 @dataclass(frozen=True)
-class Case:
-    heads: int
-    head_dim: int
-    height: int
-    width: int
-    kernel_size: int
-    stride: int = 1
-    dilation: int = 1
-    batch: int = 1
-    dtype: torch.dtype = torch.float32
-    layout: str = "channels_last"
+class Case(AttentionCase):
+    """A problem as the kernels prefer it; small, as the interpreter is slow."""
 
-    def __str__(self) -> str:
-        sizes = f"b{self.batch}-n{self.heads}-d{self.head_dim}-{self.height}x{self.width}-k{self.kernel_size}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{sizes}-s{self.stride}-r{self.dilation}-{dtype}-{self.layout}"
+    batch: int = 1
+    layout: str = "channels_last"
 
 
 def make_maps(case: Case, device: str) -> tuple[Tensor, ...]:
