@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acmix.config import load_config
-from acmix.engine.arguments import Arguments
-from acmix.engine.failure import run_program
 from acmix.engine.run_folder import find_config, write_atomically
+from acmix.process.arguments import Arguments
+from acmix.process.program import run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,13 +41,13 @@ def evaluate_from(options: argparse.Namespace) -> int:
     """Build the model and the validation data and evaluate; returns the exit status."""
     path, config_path = find_config(options.checkpoint, options.config)
     config = load_config(config_path, options.overrides)
-    import models
+    from acmix import models
+    from acmix.checkpoint.weights import load_weights, pick_weights
     from acmix.data.loader import build_val, resolve_num_classes
-    from acmix.engine.distributed import Distributed
-    from acmix.engine.environment import set_up_torch
+    from acmix.engine.confusion import Confusion, write_report
     from acmix.engine.evaluate import evaluate
-    from acmix.engine.report import Confusion, write_report
-    from acmix.engine.weights import load_weights, pick_weights
+    from acmix.process.distributed import Distributed
+    from acmix.process.environment import set_up_torch
 
     with Distributed.start(config.run) as dist:
         set_up_torch(config.run, dist.device)

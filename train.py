@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from acmix.config import Config, load_config
-from acmix.engine.arguments import Arguments
-from acmix.engine.failure import rank_from_environment, run_program
 from acmix.engine.run_folder import Choice, choose_run
-from acmix.engine.signals import StopSignals
+from acmix.process.arguments import Arguments
+from acmix.process.program import rank_from_environment, run_program
+from acmix.process.signals import StopSignals
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,16 +47,16 @@ def prepare(arguments: Sequence[str] | None, signals: StopSignals) -> int:
 
 def train(config: Config, choice: Choice, signals: StopSignals, *, dry_run: bool) -> int:
     """Build the parts of a run and let the trainer run it; returns the exit status."""
-    import models
+    from acmix import models
+    from acmix.checkpoint.weights import start_from
     from acmix.data.loader import build_data, resolve_num_classes
     from acmix.data.transforms import build_mixup
-    from acmix.engine.distributed import Distributed
-    from acmix.engine.environment import set_up_torch
+    from acmix.engine.dry_run import plan
     from acmix.engine.learner import Learner
-    from acmix.engine.plan import plan
     from acmix.engine.session import Session
     from acmix.engine.trainer import Trainer
-    from acmix.engine.weights import start_from
+    from acmix.process.distributed import Distributed
+    from acmix.process.environment import set_up_torch
 
     def build_model() -> "nn.Module":
         model = models.create_model(config.model.name, resolve_num_classes(config, data), **config.model.kwargs)

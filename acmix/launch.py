@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from acmix.engine.exits import DONE, FAILED, STATUS_FOLDER
+from acmix.process.exits import DONE, FAILED, STATUS_FOLDER
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 

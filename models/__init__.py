@@ -1,7 +1,11 @@
-"""The networks; importing this package registers every one of them with timm."""
+"""`import models` in a checkout: acmix.models itself, every file of it included, under a shorter name."""
 
-from models import acmix_resnet, acmix_swin
-from models.factory import create_model
-from models.official import load_official
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["acmix_resnet", "acmix_swin", "create_model", "load_official"]
+from acmix import models
+
+for _file in iter_modules(models.__path__):
+    sys.modules[f"{__name__}.{_file.name}"] = import_module(f"{models.__name__}.{_file.name}")
+sys.modules[__name__] = models

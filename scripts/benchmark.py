@@ -14,8 +14,11 @@ Exit status: 1 if an implementation differs from the reference and was therefore
 import sys
 from pathlib import Path
 
-import acmix.benchmark.command as command
-import models  # noqa: F401 - registers our models with timm
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the suite lies beside the package, not in it
+
+from acmix import models  # noqa: E402, F401 - registers our models with timm
+from benchmarks import command  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(command.run(str(__doc__), Path(__file__).resolve().parents[1] / "benchmarks"))
+    sys.exit(command.run(str(__doc__), ROOT / "benchmarks"))

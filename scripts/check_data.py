@@ -17,9 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from acmix.data.check import Report, check_folder
-from acmix.engine.arguments import Arguments
-from acmix.engine.failure import BAD_USAGE, run_program
 from acmix.errors import UserError
+from acmix.process.arguments import Arguments
+from acmix.process.program import BAD_USAGE, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

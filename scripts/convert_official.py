@@ -15,12 +15,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-import models
-from acmix.engine.arguments import Arguments
-from acmix.engine.atomic import sync_file, sync_folder
-from acmix.engine.failure import run_program
-from acmix.engine.safe_load import load_state_dict_file
+from acmix import models
+from acmix.checkpoint.atomic import sync_file, sync_folder
+from acmix.checkpoint.untrusted import load_state_dict_file
 from acmix.errors import UserError
+from acmix.process.arguments import Arguments
+from acmix.process.program import run_program
 
 CLASSIFIERS = ("fc.weight", "head.weight")
 

@@ -40,7 +40,7 @@ step() {
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
 step tests 160 "$python" -m pytest -q -m gpu "${parallel[@]}" -p no:cacheprovider
-step tiles 140 "$python" scripts/tune_triton.py --seconds 110 --json "$out/tiles.json"
+step tiles 140 "$python" -m benchmarks.tune_triton --seconds 110 --json "$out/tiles.json"
 for shape in 64x56 128x28 256x14 512x7; do
     step "shift_conv_$shape" 25 "$python" scripts/benchmark.py "shift_conv:$shape" --impl folded,dense --device cuda \
         --dtype bf16 --channels-last --batch-size 128 --seconds 2 --json "$out/shift_conv_$shape.json"

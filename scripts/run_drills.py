@@ -20,14 +20,22 @@ from typing import Any
 
 import torch
 
-from acmix.engine.arguments import Arguments
-from acmix.engine.failure import run_program
 from acmix.errors import UserError
+from acmix.process.arguments import Arguments
+from acmix.process.program import run_program
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- drills: begin -->", "<!-- drills: end -->"
-PLACES = ("tests/drills", "tests/engine", "tests/data", "tests/scripts", "tests/test_config.py")
+PLACES = (
+    "tests/drills",
+    "tests/checkpoint",
+    "tests/process",
+    "tests/engine",
+    "tests/data",
+    "tests/scripts",
+    "tests/config",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

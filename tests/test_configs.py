@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import models
+from acmix import models
 from acmix.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acmix.config import PrecisionConfig
-from acmix.engine.distributed import Distributed
+from acmix.process.distributed import Distributed
 
 if TYPE_CHECKING:
     from acmix.data.loader import ValLoader

@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from acmix.config import Config
 from acmix.data.seeding import seed_generators, stream_seed
-from acmix.engine.distributed import Distributed
 from acmix.engine.evaluate import autocast
 from acmix.engine.optim import build_optimizer, build_scheduler
 from acmix.errors import UserError
+from acmix.process.distributed import Distributed
 
 if TYPE_CHECKING:
     from acmix.data.loader import Batch, TrainLoader

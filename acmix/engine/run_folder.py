@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from acmix.config import Config
-from acmix.engine.exits import REQUEUE
 from acmix.errors import UserError
+from acmix.process.exits import REQUEUE
 
 RUNS = Path("runs")
 SUMMARY = "summary.json"

@@ -6,15 +6,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from acmix.checkpoint.layout import CHECKPOINTS, list_checkpoints
+from acmix.checkpoint.store import CheckpointStore, Snapshot, load_checkpoint
 from acmix.config import Config
-from acmix.engine.checkpoint import CheckpointStore, Snapshot, load_checkpoint
-from acmix.engine.checkpoint_folder import CHECKPOINTS, list_checkpoints
-from acmix.engine.distributed import Distributed
-from acmix.engine.exits import DONE, REQUEUE
-from acmix.engine.failure import Quiet
 from acmix.engine.lock import RunLock
 from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, Choice, launcher_id, new_folder, write_atomically
 from acmix.errors import UserError
+from acmix.process.distributed import Distributed
+from acmix.process.exits import DONE, REQUEUE
+from acmix.process.program import Quiet
 from acmix.telemetry.run_log import RunLog
 
 STATUS_NAMES = {DONE: "done", REQUEUE: "requeue"}

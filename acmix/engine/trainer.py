@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acmix.checkpoint.store import Snapshot
 from acmix.config import Config
 from acmix.data.loader import Batch, Data, SkippedImages
 from acmix.data.workers import explain_worker_death
-from acmix.engine.checkpoint import Snapshot
-from acmix.engine.distributed import Verdict
-from acmix.engine.environment import describe
 from acmix.engine.evaluate import Metrics, evaluate
-from acmix.engine.exits import DONE, REQUEUE
-from acmix.engine.failure import Quiet, RunFailure
 from acmix.engine.learner import Learner
 from acmix.engine.meter import Meter
 from acmix.engine.progress import Progress, brief, identity, refuse_other_run
 from acmix.engine.session import Session
-from acmix.engine.signals import StopSignals
 from acmix.errors import UserError
+from acmix.process.distributed import Verdict
+from acmix.process.environment import describe
+from acmix.process.exits import DONE, REQUEUE
+from acmix.process.program import Quiet, RunFailure
+from acmix.process.signals import StopSignals
 from acmix.telemetry.paths import path_layers
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from acmix.layers.attention import AttentionPath, LocalAttention
 from acmix.layers.convolution import ShiftConv
 from acmix.layers.mix import PathMix
-from acmix.ops.dispatch import ATTENTION_IMPLS
+from acmix.ops.implementations import ATTENTION_IMPLS
 
 SMALL_MAP = 64  # pixels up to which, on a CPU, a matrix product is the faster projection; measured
 

@@ -16,7 +16,7 @@ from typing import Any
 from timm.models import register_model
 from torch import Tensor, nn
 
-import models
+from acmix import models
 
 FROM_TIMM = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments that timm's factory passes to every entry point."""

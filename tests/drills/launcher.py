@@ -18,8 +18,8 @@ import threading
 import traceback
 from typing import Any
 
-PRELOAD = ("torch", "timm", "torchvision", "sklearn.datasets", "torch.utils.tensorboard", "acmix.config", "models",
-           "acmix.data.loader", "acmix.engine.trainer", "acmix.engine.checkpoint")  # fmt: skip
+PRELOAD = ("torch", "timm", "torchvision", "sklearn.datasets", "torch.utils.tensorboard", "acmix.config",
+           "acmix.models", "acmix.data.loader", "acmix.engine.trainer", "acmix.checkpoint.store")  # fmt: skip
 
 
 def become(request: dict[str, Any]) -> None:

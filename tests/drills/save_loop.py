@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from acmix.engine.checkpoint import CheckpointStore, Snapshot, load_checkpoint
+from acmix.checkpoint.store import CheckpointStore, Snapshot, load_checkpoint
 from acmix.engine.lock import RunLock
 from acmix.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acmix.engine.checkpoint import CheckpointStore, DamagedCheckpoint, Snapshot, load_checkpoint
+from acmix.checkpoint.store import CheckpointStore, DamagedCheckpoint, Snapshot, load_checkpoint
 
 
 @pytest.fixture

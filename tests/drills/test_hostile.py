@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from acmix.engine.checkpoint import CheckpointStore, Snapshot
-from acmix.engine.manifest import FileRecord, read_manifest, render_manifest
+from acmix.checkpoint.manifest import FileRecord, read_manifest, render_manifest
+from acmix.checkpoint.store import CheckpointStore, Snapshot
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from acmix.engine.atomic import CRASH_POINTS
+from acmix.checkpoint.atomic import CRASH_POINTS
 
 PROMISE = "Resumed with --resume auto, the run ends bit-identical to one that was never killed, every step logged once"
 EVERYTHING = [

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from acmix.engine.atomic import CRASH_POINTS
-from acmix.engine.checkpoint import CheckpointStore, Snapshot, load_checkpoint
-from acmix.engine.checkpoint_folder import list_checkpoints
+from acmix.checkpoint.atomic import CRASH_POINTS
+from acmix.checkpoint.layout import list_checkpoints
+from acmix.checkpoint.store import CheckpointStore, Snapshot, load_checkpoint
 
 SAVE_LOOP = Path(__file__).parent / "save_loop.py"
 KILLS = "A kill at any instant leaves the newest complete checkpoint, never a half one"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from acmix.config import PrecisionConfig, RunConfig
 from acmix.data.loader import Batch
 from acmix.data.sampler import val_plans
-from acmix.engine.distributed import Distributed
 from acmix.engine.evaluate import evaluate
+from acmix.process.distributed import Distributed
 
 
 class Share:

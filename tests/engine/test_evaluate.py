@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from acmix.config import PrecisionConfig, RunConfig
 from acmix.data.loader import Batch
-from acmix.engine.distributed import Distributed
+from acmix.engine.confusion import Confusion, class_report
 from acmix.engine.evaluate import evaluate
-from acmix.engine.report import Confusion, class_report
+from acmix.process.distributed import Distributed
 
 COUNTS = [1, 2, 3, 5, 8, 13, 64]
 BATCH_SIZES = [1, 3, 8, 100]

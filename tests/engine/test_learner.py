@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from acmix.config import Config
 from acmix.data.loader import Batch
 from acmix.data.transforms import build_mixup
-from acmix.engine.distributed import Distributed
 from acmix.engine.learner import Learner, seed_step
+from acmix.process.distributed import Distributed
 
 CLASSES = 5
 Build = Callable[..., Learner]

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-import models
+from acmix import models
 from acmix.config import OptimizerConfig, ScheduleConfig
 from acmix.engine.optim import build_optimizer, build_scheduler, parameter_groups, path_weight_names, peak_lr
 from acmix.errors import UserError

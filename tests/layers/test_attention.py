@@ -5,7 +5,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from acmix.layers import ACmix, LocalAttention, WindowAttention
-from models.acmix_swin import SwinBlock
+from acmix.models.acmix_swin import SwinBlock
 
 N, D = 2, 4
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from acmix import ACmix
-from acmix.ops.dispatch import ATTENTION_IMPLS
-from models import load_official
+from acmix.models import load_official
+from acmix.ops.implementations import ATTENTION_IMPLS
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 # Not timed here: `compiled` waits for a compiler, `triton` runs in its interpreter; their own tests hold them to the

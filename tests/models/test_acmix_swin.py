@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-import models  # noqa: F401 - registers the networks
+from acmix import models  # noqa: F401 - registers the networks
 
 SMALL = {"num_classes": 5, "embed_dim": 8, "heads": (1, 2, 2, 4), "patch_size": 2}
 

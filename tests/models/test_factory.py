@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 
-import models
+from acmix import models
 from acmix.errors import UserError
 
 TINY = {"base_width": 8, "layers": [1, 1, 1, 1], "stem": "cifar"}

@@ -8,7 +8,7 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-import models
+from acmix import models
 from acmix.layers import PathMix, ShiftConv
 from acmix.layers.convolution import one_hot_shifts
 

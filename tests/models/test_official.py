@@ -10,9 +10,8 @@ import timm
 import torch
 from torch import Tensor
 
-import models
-from acmix import ACmix
-from acmix.ops.dispatch import ATTENTION_IMPLS
+from acmix import ACmix, models
+from acmix.ops.implementations import ATTENTION_IMPLS
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CONSTRUCTED = ("relative_position_index", "num_batches_tracked", "attn_mask")

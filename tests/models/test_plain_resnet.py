@@ -3,7 +3,7 @@
 import timm
 import torch
 
-import models
+from acmix import models
 from acmix.telemetry.paths import path_layers
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from acmix.ops import local_attention, shift_conv
-from acmix.ops.cpu import dense, halo
-from acmix.ops.dispatch import cxx_compiler
+from acmix.ops.implementations import cxx_compiler
+from acmix.ops.local_attention import dense, tiled
 from acmix.testing import AttentionCase as Case
 from acmix.testing import assert_parity
 
@@ -77,7 +77,7 @@ def test_a_window_of_one_pixel_gives_the_values(impl: str) -> None:
         torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("module", [dense, halo], ids=["dense", "halo"])
+@pytest.mark.parametrize("module", [dense, tiled], ids=["dense", "halo"])
 @pytest.mark.parametrize("logit_bytes", [1, 40_000])
 def test_results_do_not_depend_on_how_heads_and_images_are_cut(
     module: object, logit_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -89,7 +89,7 @@ def test_results_do_not_depend_on_how_heads_and_images_are_cut(
 
 @pytest.mark.parametrize("tile", [(1, 1), (2, 8), (4, 7), (5, 3)], ids=str)
 def test_results_do_not_depend_on_the_tile(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halo, "choose_tile", lambda *_: tile)
+    monkeypatch.setattr(tiled, "choose_tile", lambda *_: tile)
     for stride, dilation in ((1, 1), (2, 1), (2, 3)):
         assert_parity(Case(2, 8, 13, 17, kernel_size=5, stride=stride, dilation=dilation), "halo")
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from acmix.ops import shift_conv
-from acmix.ops.cpu import folded
-from acmix.ops.dispatch import cxx_compiler
+from acmix.ops.implementations import cxx_compiler
+from acmix.ops.shift_conv import folded
 from acmix.testing import ShiftConvCase as Case
 from acmix.testing import assert_parity
 

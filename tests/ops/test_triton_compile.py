@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from acmix.ops.triton import local_attention as kernels
+from acmix.ops.local_attention.triton import local_attention as kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from acmix.ops import reference
-from acmix.ops.triton import local_attention as kernels
+from acmix.ops.local_attention.triton import local_attention as kernels
 from acmix.testing import AttentionCase
 
 NAMES = ("out", "dq", "dk", "dv", "dP")

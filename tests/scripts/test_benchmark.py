@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-import models  # noqa: F401 - registers the models with timm
-from acmix.benchmark import command
-from acmix.ops.cpu import halo
+from acmix import models  # noqa: F401 - registers the models with timm
+from acmix.ops.local_attention import tiled
+from benchmarks import command
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 FAST = ["--steps", "2", "--batch-size", "2"]
@@ -46,12 +46,12 @@ def test_implementations_are_timed_side_by_side(tmp_path: Path, capsys: pytest.C
 def test_an_implementation_that_fails_parity_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sound = halo.forward
+    sound = tiled.forward
 
     def broken(*args: Any) -> Any:
         return sound(*args) * 1.001
 
-    monkeypatch.setattr(halo, "forward", broken)
+    monkeypatch.setattr(tiled, "forward", broken)
     out = tmp_path / "results.json"
     assert run("attention:16x8", "--impl", "dense,halo", "--json", out) == 1
     good, bad = json.loads(out.read_text())["results"]

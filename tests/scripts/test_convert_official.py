@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-import models  # noqa: F401 - registers the networks
+from acmix import models  # noqa: F401 - registers the networks
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "convert_official.py"

@@ -5,8 +5,10 @@ import timm
 import torch
 from torch import nn
 
-import models  # noqa: F401 - registers the models with timm
-from acmix import ACmix
+from acmix import (
+    ACmix,
+    models,  # noqa: F401 - registers the models with timm
+)
 from acmix.telemetry.flops import multiply_adds
 
 

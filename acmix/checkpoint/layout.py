@@ -1,0 +1,58 @@
+"""What lies in a run's `checkpoints/` folder: names, order, and what killed saves left behind."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from acmix.checkpoint.atomic import is_leftover_of_dead_process
+
+CHECKPOINTS = "checkpoints"
+
+_STEP = re.compile(r"step_(\d{8,})")
+_OLD = re.compile(r"\.old-(step_\d{8,})-\d+")
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint at an optimiser step: `step_` and at least eight digits."""
+    return f"step_{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step a checkpoint folder's name stands for, or None for any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint in a `checkpoints/` folder, sound or not, in no particular order.
+
+    A save killed while it replaced a checkpoint of the same step leaves the old one under a temporary name; it counts
+    as long as nothing else stands for that step.
+    """
+    if not folder.is_dir():
+        return []
+    names = os.listdir(folder)
+    found = {step: folder / name for name in names if (step := step_of(name)) is not None}
+    for name in names:
+        match = _OLD.fullmatch(name)
+        if match and (step := step_of(match.group(1))) is not None:
+            found.setdefault(step, folder / name)
+    return list(found.items())
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Undo what processes that have died left in a `checkpoints/` folder; live processes' files stay."""
+    if not folder.is_dir():
+        return
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith((".tmp-", ".trash-", ".link-", ".old-")) or not is_leftover_of_dead_process(name):
+            continue
+        path = folder / name
+        match = _OLD.fullmatch(name)
+        if match and not (folder / match.group(1)).exists():
+            os.rename(path, folder / match.group(1))
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

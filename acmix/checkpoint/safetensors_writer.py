@@ -1,0 +1,45 @@
+"""Writes weights in the safetensors format without keeping the interpreter from the training loop."""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from acmix.checkpoint.atomic import HashingFile
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def write_safetensors(weights: Mapping[str, Tensor], file: HashingFile) -> None:
+    """Write CPU tensors as a safetensors file: name → values in row-major order, whatever the tensor's strides.
+
+    The safetensors library holds the interpreter lock for the whole file (measured: 0.12 to 0.3 s for 64 MB), which
+    stops the training loop; here every large write releases it. The library reads the result.
+    Raises TypeError for a dtype that the format (or a network's weights) does not know.
+    """
+    # Widest elements first, as the library does: every tensor then starts aligned to its own element size.
+    names = sorted(weights, key=lambda name: (-weights[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = weights[name]
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise TypeError(f"{name}: cannot be saved as safetensors: dtype {tensor.dtype}")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        flat = weights[name].contiguous().reshape(-1)
+        if flat.numel():
+            file.write(flat.view(torch.uint8).numpy().data)

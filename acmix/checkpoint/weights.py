@@ -1,0 +1,68 @@
+"""Weights from a run, a checkpoint or a file into a network: ours, timm's or the authors'."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from acmix.checkpoint.store import resolve_weights
+from acmix.errors import UserError
+
+Translate = Callable[[nn.Module, Mapping[str, Any]], None]
+Kind = Literal["auto", "ema", "raw"]
+
+
+class Picked(NamedTuple):
+    """Weights, parameter name → tensor, and the classes they were trained on (None: the file does not say)."""
+
+    weights: dict[str, Tensor]
+    classes: list[str] | None
+
+
+def pick_weights(path: str | Path, kind: Kind = "auto") -> Picked:
+    """The weights behind a path; `auto` takes the running average where there is one.
+
+    Raises UserError when the path holds no weights, is damaged or hostile, or holds no average and `ema` is asked for.
+    """
+    found = resolve_weights(Path(path))
+    if kind == "ema" and found.ema is None:
+        raise UserError(f"{path}: holds no averaged weights (ema); use --weights raw or auto")
+    weights = found.model if found.ema is None or kind == "raw" else found.ema
+    return Picked(weights, None if found.progress is None else found.progress.get("classes"))
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, translate: Translate) -> None:
+    """Load weights strictly; names of the authors' release go through `translate` (models.load_official).
+
+    Raises UserError that lists what is missing, unexpected or of another shape.
+    """
+    try:
+        if any(name.endswith(".rate1") for name in weights):
+            translate(model, weights)
+        else:
+            model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{source}: the weights do not fit {type(model).__name__}: {error}") from None
+
+
+def start_from(model: nn.Module, source: str, translate: Translate) -> None:
+    """Initial weights (`model.checkpoint`): as load_weights, but a classifier for other classes starts new.
+
+    Says so on stderr when the classifier is left out.
+    """
+    weights = pick_weights(source).weights
+    own = model.state_dict()
+    head = _classifier_names(model, own)
+    other = [name for name in head if name in weights and weights[name].shape != own[name].shape]
+    if other:
+        print(f"warning: {source}: its classifier is for other classes; this one starts new", file=sys.stderr)
+        weights = {**weights, **{name: own[name] for name in head}}
+    load_weights(model, weights, source, translate)
+
+
+def _classifier_names(model: nn.Module, names: Mapping[str, Tensor]) -> list[str]:
+    classifier = getattr(model, "get_classifier", lambda: None)()
+    prefixes = [name for name, module in model.named_modules() if module is classifier and name]
+    return [name for name in names if any(name.startswith(f"{prefix}.") for prefix in prefixes)]

@@ -1,0 +1,375 @@
+"""ACmix-Swin: the shifted-window transformer whose attention is an ACmix block with window attention.
+
+Paper: On the Integration of Self-Attention and Convolution, CVPR 2022, https://arxiv.org/abs/2111.14556, table 3; the
+network around the block is Swin Transformer, https://arxiv.org/abs/2103.14030.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, Mlp, PatchEmbed, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor, nn
+
+from acmix.layers import ACmix, WindowAttention
+from acmix.models.checks import check_positive, check_rates
+
+
+class SwinBlock(nn.Module):
+    """Normalisation, ACmix on the cyclically shifted map, and a multi-layer perceptron, each with a shortcut.
+
+    Args:
+        dim: Channels of the map.
+        heads: Heads of the ACmix block.
+        window_size: (height, width) of a window.
+        shift_size: (rows, columns) of the cyclic shift.
+        resolution: (H, W) that the network is built for.
+        mlp_ratio: Hidden width of the perceptron over dim.
+        proj_drop: Dropout after the block and in the perceptron.
+        drop_path: Probability of leaving a branch out, per image, in training.
+        acmix: Further arguments of the ACmix block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window_size: tuple[int, int],
+        shift_size: tuple[int, int],
+        resolution: tuple[int, int],
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        **acmix: Any,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"{dim} channels do not divide into {heads} heads: choose embed_dim and heads that fit")
+        self.shift_size = shift_size
+        self.norm1 = nn.LayerNorm(dim)
+        attention = WindowAttention(heads, dim // heads, window_size, shift_size, resolution)
+        self.acmix = ACmix(dim, dim, heads, attention=attention, conv_bias=True, **acmix)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, dim) to the same shape."""
+        rows, columns = self.shift_size
+        mixed = self.norm1(x)
+        if rows or columns:
+            mixed = torch.roll(mixed, (-rows, -columns), (1, 2))
+        mixed = self.acmix(mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if rows or columns:
+            mixed = torch.roll(mixed, (rows, columns), (1, 2))
+        x = x + self.drop_path(self.proj_drop(mixed))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class SwinStage(nn.Module):
+    """Patch merging, except in the first stage, and a row of blocks with every second one shifted.
+
+    Args:
+        in_dim, dim: Channels before and after the merging.
+        depth: Number of blocks.
+        resolution: (H, W) after the merging that the network is built for.
+        window_size: Largest (height, width) of a window; a smaller map is one window and is not shifted.
+        drop_paths: Stochastic depth of each block.
+        block: Further arguments of the blocks.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        resolution: tuple[int, int],
+        window_size: tuple[int, int],
+        drop_paths: Sequence[float],
+        **block: Any,
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if in_dim == dim else PatchMerging(in_dim, dim)
+        rows, row_shift = _window(resolution[0], window_size[0])
+        columns, column_shift = _window(resolution[1], window_size[1])
+        self.blocks = nn.Sequential(
+            *(
+                SwinBlock(
+                    dim,
+                    window_size=(rows, columns),
+                    shift_size=(row_shift, column_shift) if index % 2 else (0, 0),
+                    resolution=resolution,
+                    drop_path=drop_paths[index],
+                    **block,
+                )
+                for index in range(depth)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+def _window(size: int, limit: int) -> tuple[int, int]:
+    """Window and shift along one side of a map: a map no larger than the window is one window and is not shifted."""
+    return (size, 0) if size <= limit else (limit, limit // 2)
+
+
+class ACmixSwin(nn.Module):
+    """ACmix-Swin for images (B, in_chans, H, W).
+
+    Args:
+        img_size: Size of the images. It sets the windows, window_size or the stage's map where that is smaller, and
+            with them the shapes of the parameters; images of any other size may be given at the call: maps
+            that windows do not tile are padded.
+        patch_size: Side of the patches; an image that they do not tile is padded.
+        in_chans: Channels of the images.
+        num_classes: Width of the classifier; 0 leaves it out.
+        global_pool: timm's name of the pooling before the classifier.
+        embed_dim: Channels of the first stage; each stage doubles them.
+        depths: Blocks in each stage.
+        heads: Heads in each stage.
+        window_size: Side of the windows, or (height, width).
+        mlp_ratio: Hidden width of the perceptrons over their channels.
+        kernel_conv: Kernel of the convolution path.
+        mix: Mode of `acmix.layers.PathMix`.
+        shift: Kind of `acmix.layers.ShiftConv`.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout after the blocks and in the perceptrons.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
+        impl: `reference` and `compiled` hold for the convolution path; other names leave the choice to it.
+
+    Raises:
+        ValueError: for arguments that do not fit together.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int | tuple[int, int] = 7,
+        mlp_ratio: float = 4.0,
+        kernel_conv: int = 3,
+        mix: str = "learned",
+        shift: str = "learned",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if len(heads) != len(depths) or not depths or min(depths) < 1:
+            raise ValueError(f"depths and heads need one positive number a stage, got {list(depths)} and {list(heads)}")
+        check_positive(
+            img_size=img_size, patch_size=patch_size, window_size=window_size, embed_dim=embed_dim, in_chans=in_chans
+        )
+        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
+        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
+        self.patch_embed = PatchEmbed(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            norm_layer=nn.LayerNorm,
+            strict_img_size=False,
+            dynamic_img_pad=True,
+            output_fmt=self.output_fmt,
+        )
+        resolution: tuple[int, int] = self.patch_embed.dynamic_feat_size(to_2tuple(img_size))
+        block = {
+            "mlp_ratio": mlp_ratio,
+            "proj_drop": proj_drop_rate,
+            "kernel_conv": kernel_conv,
+            "mix": mix,
+            "shift": shift,
+            "impl": impl,
+        }
+        drop_paths = [
+            part.tolist() for part in torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        ]
+        self.feature_info: list[dict[str, Any]] = []
+        self.layers = nn.Sequential()
+        dim, in_dim = embed_dim, embed_dim
+        for index, depth in enumerate(depths):
+            if index > 0:
+                dim, in_dim = 2 * dim, dim
+                resolution = (resolution[0] + 1) // 2, (resolution[1] + 1) // 2
+            self.layers.append(
+                SwinStage(
+                    in_dim,
+                    dim,
+                    depth,
+                    resolution,
+                    to_2tuple(window_size),
+                    drop_paths[index],
+                    heads=heads[index],
+                    stage=index + 1,
+                    **block,
+                )
+            )
+            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**index, "module": f"layers.{index}"})
+        self.num_features = dim
+        self.norm: nn.Module = nn.LayerNorm(dim)
+        self.head = ClassifierHead(
+            dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
+        )
+        self.head_hidden_size = self.head.num_features
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Swin's initialisation of the linear layers; the ACmix blocks' convolution paths keep what they set."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the path weights and the relative position biases."""
+        exempt = (".mix.alpha", ".mix.beta", "relative_position_bias_table")
+        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that order the parameters by depth, for layer-wise learning rates."""
+        fine = [
+            (r"^layers\.(\d+)\.downsample", (0,)),
+            (r"^layers\.(\d+)\.\w+\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its intermediate maps."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, or Identity without classes."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier, and another pooling if named, in place of the present one."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        device = next(self.parameters()).device
+        self.head = ClassifierHead(
+            self.num_features,
+            num_classes,
+            pool_type=self.global_pool,
+            drop_rate=self.head.drop.p,
+            input_fmt=self.output_fmt,
+        ).to(device)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Maps (B, C, h, w) after each stage; timm's arguments, `norm` applies to the last stage's map."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} is not offered: choose NCHW")
+        take, last = feature_take_indices(len(self.layers), indices)
+        intermediates = []
+        x = self.patch_embed(x)
+        for index, stage in enumerate(self.layers):
+            if stop_early and index > last:
+                break
+            x = stage(x)
+            if index in take:
+                normed = self.norm(x) if norm and index == len(self.layers) - 1 else x
+                intermediates.append(normed.permute(0, 3, 1, 2))
+        if intermediates_only:
+            return intermediates
+        return self.norm(x) if x.shape[-1] == self.num_features else x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last index, and the final norm and classifier; returns the indices kept."""
+        take, last = feature_take_indices(len(self.layers), indices)
+        cut = last < len(self.layers) - 1
+        self.layers = self.layers[: last + 1]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if cut:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the normalised map of the last stage (B, h, w, num_features)."""
+        return self.norm(self.layers(self.patch_embed(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map to logits, or to pooled features (B, head_hidden_size) if `pre_logits`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    feature_cfg = {"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"}
+    return build_model_with_cfg(ACmixSwin, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+_CFG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "fixed_input_size": True,
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head.fc",
+    "paper_ids": "arXiv:2111.14556",
+    "paper_name": "On the Integration of Self-Attention and Convolution",
+}
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.untrained": dict(_CFG) for name in ("acmix_swin_tiny", "acmix_swin_small")}
+)
+
+
+@register_model
+def acmix_swin_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ACmix-Swin-T: 28.6 million parameters, 81.9 % top-1 on ImageNet in the paper."""
+    return _create("acmix_swin_tiny", pretrained, **{"depths": (2, 2, 6, 2), **kwargs})
+
+
+@register_model
+def acmix_swin_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ACmix-Swin-S: 50.3 million parameters, 83.5 % top-1 on ImageNet in the paper."""
+    return _create("acmix_swin_small", pretrained, **{"depths": (2, 2, 18, 2), **kwargs})

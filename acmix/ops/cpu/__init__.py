@@ -1,1 +1,0 @@
-"""Implementations of the operations for CPUs: eager (dense, halo, folded) and compiled ones."""

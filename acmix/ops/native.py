@@ -1,0 +1,141 @@
+"""The operations' C++ sources: compiled for this machine once, kept on disk, called for a range of work per thread."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acmix.ops.implementations import cxx_compiler
+
+_SOURCES = Path(__file__).parent
+_SCALARS = {torch.float32: ("float", 4), torch.float64: ("double", 8)}
+# Contraction to fused multiply-adds is wanted; nothing here may assume that numbers are finite.
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno",
+          "-fno-trapping-math")  # fmt: skip
+
+
+class Map(ctypes.Structure):
+    """A map (images, channels, rows, columns) in memory: address and strides in elements."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("image", "channel", "row", "column")))
+
+    @classmethod
+    def of(cls, maps: Tensor) -> "Map":
+        return cls(maps.data_ptr(), *maps.stride())
+
+
+def sizes(*numbers: int) -> ctypes.Array[ctypes.c_int64]:
+    """The `Problem` of a source: its 64-bit integers in order."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """The address of a contiguous tensor's data."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def lanes(width: int, dtype: torch.dtype) -> int:
+    """Numbers per vector: 64 bytes, or 32 for rows that would leave half of them idle."""
+    most = 64 // _SCALARS[dtype][1]
+    return most // 2 if width <= most // 2 else most
+
+
+@cache
+def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
+    """The library that `source` gives for a scalar type and these macros; compiled if this machine has none yet.
+
+    Libraries lie in $ACMIX_CACHE, or in ~/.cache/acmix, which only the user may write to; the name carries a digest of
+    everything that determines the content. Of processes that compile the same one, the last to finish replaces it.
+
+    Raises:
+        RuntimeError: if there is no C++ compiler or it fails; the message holds its output.
+        OSError: if the folder cannot be written or the library cannot be loaded.
+    """
+    compiler = cxx_compiler()
+    if compiler is None:
+        raise RuntimeError("there is no C++ compiler (install g++ or clang++, or set CXX)")
+    defines = [f"-DT={_SCALARS[dtype][0]}", *(f"-D{name}={value}" for name, value in macros.items())]
+    file = _SOURCES / source
+    text = [file.read_text(), (_SOURCES / "maps.h").read_text()]
+    recipe = "\0".join((*text, compiler, _version(compiler), _processor(), *_FLAGS, *defines))
+    target = _cache_folder() / f"{file.stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            built = Path(scratch) / target.name
+            command = [compiler, *_FLAGS, *defines, f"-I{_SOURCES}", str(file), "-o", str(built)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+            built.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+@torch.compiler.assume_constant_result
+def refusal(source: str, dtype: torch.dtype, kernel_size: int, heads: int) -> str | None:
+    """Why `source` cannot be had for maps of this dtype, or None once it is compiled (for rows of whole vectors).
+
+    Args:
+        source: file below this folder; one of local_attention/ is indifferent to heads, one of shift_conv/ is not.
+    """
+    return _refusal(source, torch.promote_types(dtype, torch.float32), kernel_size, heads)
+
+
+@cache
+def _refusal(source: str, dtype: torch.dtype, kernel_size: int, heads: int) -> str | None:
+    macros = {"K": kernel_size, "LANES": lanes(sys.maxsize, dtype)}
+    if source.startswith("shift_conv/"):
+        macros["N"] = heads
+    try:
+        library(source, dtype, **macros)
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    return None
+
+
+@cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+@cache
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by machines of different kinds."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return " ".join((*os.uname()[4:], torch.backends.cpu.get_cpu_capability(), features))
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("ACMIX_CACHE") or Path.home() / ".cache" / "acmix")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """The threads of this process; a forked one gets its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="acmix")
+
+
+def run(function: Callable[..., Any], arguments: list[Any], count: int) -> None:
+    """Call `function(*arguments, begin, end)` for parts of range(count), one for each of PyTorch's threads."""
+    threads = max(1, min(torch.get_num_threads(), count))
+    bounds = [ctypes.c_int64(count * i // threads) for i in range(threads + 1)]
+    if threads == 1:
+        function(*arguments, *bounds)
+        return
+    pool = _pool(threads, os.getpid())
+    for part in [pool.submit(function, *arguments, *span) for span in pairwise(bounds)]:
+        part.result()

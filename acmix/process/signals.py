@@ -1,0 +1,104 @@
+"""Stop requests: a handler that only sets a flag, and a thread that ends a process which cannot look at it.
+
+Nothing is saved and no other process is spoken to on a signal: the trainer reads the flag at its step boundaries, where
+all processes agree on it.
+"""
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from acmix.process.exits import REQUEUE, end_now
+
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ECHO_SECONDS = 0.5
+"""A launcher passes on a signal that a terminal has sent to its processes too: that is an echo, no second request."""
+_DEFAULT_ACTION = 0  # SIG_DFL
+
+
+class StopSignals:
+    """Watches for SIGTERM, SIGUSR1, SIGINT and, under torchrun, for the launcher's death; a context manager.
+
+    Until `begin`, when all processes have met, a signal ends this one at once, with the status that asks for a requeue:
+    there is nothing to save, and nobody waits for it. From then on the first signal asks for a stop at the next step
+    boundary; a second one, later than `ECHO_SECONDS` after the first, ends the process with the signal's own default
+    action. Both work while the main thread waits inside a library, for another process or the GPU.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.early_status = REQUEUE
+        self._since = 0.0
+        self._begun = False
+        self._sealed = False
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def __enter__(self) -> Self:
+        """Take over the signals; only possible in the main thread."""
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in HANDLED}
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="acmix-signals", daemon=True).start()
+        for number in HANDLED:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Sealed: the program's exit status stands, and a late signal may not turn it into another.
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self._sealed else handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writer)  # ends the thread, which closes its own end
+
+    def begin(self) -> None:
+        """From now on a signal is answered at a step boundary."""
+        self._begun = True
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop, or lost the launcher that would restart or end it."""
+        return self.received is not None or self._orphaned
+
+    @property
+    def reason(self) -> str:
+        """What asked for the stop, for messages."""
+        if self.received is not None:
+            return self.received.name
+        return "the end of the launcher" if self._orphaned else "a signal to another rank"
+
+    def seal(self) -> None:
+        """Ignore further signals: the work is on disk, and a launcher signals the ranks it sees outlive the first."""
+        self._sealed = True
+
+    @property
+    def _orphaned(self) -> bool:
+        return self._launcher is not None and os.getppid() != self._launcher
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self._sealed and self.received is None:
+            self.received = signal.Signals(number)
+
+    def _watch(self) -> None:
+        """Gets each signal's number as a byte from the C part of the handler, even while the main thread is busy."""
+        while number := os.read(self._reader, 1):
+            if number[0] in HANDLED and not self._sealed:
+                self._act(number[0])
+        os.close(self._reader)
+
+    def _act(self, number: int) -> None:
+        now = time.monotonic()
+        if not self._begun:
+            end_now(128 + number if number == signal.SIGINT else self.early_status)
+        if not self._since:
+            self._since = now
+        elif now - self._since > ECHO_SECONDS:
+            # signal.signal works in the main thread only, which may be stuck; the C library does not mind.
+            ctypes.CDLL(None).signal(number, _DEFAULT_ACTION)
+            os.kill(os.getpid(), number)

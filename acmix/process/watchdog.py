@@ -1,0 +1,132 @@
+"""Notices a process that hangs or died while others wait for it, and says which rank and at which step."""
+
+import json
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as torch_distributed
+
+from acmix.process.exits import FAILED, end_now
+
+_BEAT_SECONDS = 1.0
+_STALE_SECONDS = 3.0
+_LET_GO_SECONDS = 5.0
+_STORE_ERRORS = (RuntimeError, OSError, ValueError)
+
+
+class Watchdog:
+    """A side thread that publishes where this rank is and reads where the others are.
+
+    The training loop calls `tick` as it goes. When a rank has not moved for `timeout` seconds the run is over: the
+    lowest rank that is well names those that lag (the process stopped beating, or counted fewer ticks) and ends. It
+    also ends a rank that still waits for a GPU collective some seconds after another rank reported a failure.
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout: float) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout = timeout
+        self._beat = 0
+        self._ticks = 0
+        self._step = 0
+        self._doing = "starting"
+        self._moved = time.monotonic()
+        self._over = threading.Event()
+        self._token = ""
+        self._store: torch_distributed.TCPStore | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, token: str) -> None:
+        """Begin to watch; `token` names this attempt in the store that the ranks have met in."""
+        self._token = token
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=_LET_GO_SECONDS)
+        self._store = torch_distributed.TCPStore(
+            address, port, is_master=False, timeout=patience, wait_for_workers=False
+        )
+        self._thread = threading.Thread(target=self._watch, name="acmix-watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(timeout=_LET_GO_SECONDS)
+
+    def tick(self, step: int, doing: str) -> None:
+        """Note progress: the update in work (from 1) and what is being done. Every rank ticks in the same order."""
+        self._ticks += 1
+        self._step, self._doing, self._moved = step, doing, time.monotonic()
+
+    def where(self) -> str:
+        """Where this rank is, for messages."""
+        return f"at step {self._step} ({self._doing})"
+
+    def claim_failure(self) -> bool:
+        """Whether this rank is the first to fail, and so the one to report."""
+        if self._store is None:
+            return True
+        try:
+            return self._store.add(self._key("failures"), 1) == 1
+        except _STORE_ERRORS:
+            return True  # the launcher is gone with its store: better said twice than never
+
+    def _key(self, name: str) -> str:
+        return f"acmix/{self._token}/{name}"
+
+    def _watch(self) -> None:
+        failed_since: float | None = None
+        while not self._over.is_set():
+            with suppress(*_STORE_ERRORS):
+                self._publish()
+                if failed_since is None and self._store is not None and self._store.add(self._key("failures"), 0) > 0:
+                    failed_since = time.monotonic()
+            waited = 0.0 if failed_since is None else time.monotonic() - failed_since
+            if waited > _LET_GO_SECONDS and not self._over.is_set():
+                end_now(FAILED)
+            if time.monotonic() - self._moved > self.timeout:
+                self._report()
+            self._over.wait(_BEAT_SECONDS)
+
+    def _publish(self) -> None:
+        self._beat += 1
+        state = [self._ticks, self._doing, self._beat]
+        if self._store is not None:
+            self._store.set(self._key(f"beat/{self.rank}"), json.dumps(state))
+
+    def _beats(self) -> dict[int, tuple[int, str, int]]:
+        beats = {}
+        for rank in range(self.world_size):
+            with suppress(*_STORE_ERRORS):
+                if self._store is not None and self._store.check([self._key(f"beat/{rank}")]):
+                    beats[rank] = tuple(json.loads(self._store.get(self._key(f"beat/{rank}"))))
+        return beats
+
+    def _report(self) -> None:
+        """Name the ranks that lag; only the lowest of the others speaks, the rest leave it a moment to do so."""
+        before = self._beats()
+        time.sleep(_STALE_SECONDS)
+        self._publish()
+        beats = self._beats()
+        asleep = [rank for rank in range(self.world_size) if beats.get(rank) == before.get(rank)]
+        awake = {rank: beat[0] for rank, beat in beats.items() if rank not in asleep}
+        behind = [rank for rank, ticks in awake.items() if ticks < max(awake.values())]
+        culprits = asleep or behind or list(beats)
+        well = [rank for rank in awake if rank not in culprits] or sorted(awake) or [self.rank]
+        if self.rank == well[0]:
+            # Ranks cannot be a step apart: each waits for the others in every one. So the step is ours.
+            lagging = "; ".join(
+                f"rank {rank} ({'no sign of life' if rank in asleep else beats[rank][1]})" for rank in culprits
+            )
+            print(
+                f"error: no progress for {self.timeout:g} s (run.timeout) at step {self._step}, waiting for "
+                f"{lagging or 'an unknown rank'}: look at that process and its machine; continue with --resume auto",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(_LET_GO_SECONDS)  # the others look at the store too, and this process may be its host
+        end_now(FAILED)

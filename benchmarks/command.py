@@ -1,0 +1,147 @@
+"""The benchmark's command line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from acmix.errors import UserError
+from acmix.ops.implementations import ATTENTION_IMPLS, SHIFT_CONV_IMPLS
+from benchmarks.cases import DTYPES, Case, Setting, build_case, is_authors
+from benchmarks.machine import describe
+from benchmarks.measure import MODES, Result, measure
+from benchmarks.report import table, write_json, write_page
+from benchmarks.roofline import measure_roofline
+from benchmarks.suite import Suite, suite_device
+from benchmarks.targets import run_targets
+
+
+def run(description: str, out: Path, arguments: Sequence[str] | None = None) -> int:
+    """Run the command; `out` is where the suite writes unless told otherwise.
+
+    Returns the exit status: 1 if an implementation failed parity and was not timed, 2 for bad usage.
+    """
+    options = _parser(description, out).parse_args(arguments)
+    try:
+        device = suite_device(options.device)
+        torch.set_num_threads(options.threads)
+        if options.suite:
+            return _run_suite(options, device)
+        if not options.subjects:
+            raise UserError("name a model or block, such as acmix_resnet26 or block:64x56, or --suite")
+        return _run_comparison(options, device)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(description: str, out: Path) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("subjects", nargs="?", metavar="SUBJECT[,SUBJECT...]", help="models, blocks or operations to time")
+    add("--against", metavar="SUBJECT", help="what times are divided by, timed in turn with the rest")
+    add(
+        "--impl",
+        default="auto",
+        metavar="IMPL[,IMPL...]",
+        help="implementations of the operations; `all`: all that run",
+    )
+    add("--mode", default="train", choices=[*MODES, "both"], help="training step (default), inference, or both")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--dtype", default="float32", choices=list(DTYPES), help="autocast to this")
+    add("--compile", action="store_true", help="torch.compile everything timed")
+    add("--channels-last", action="store_true")
+    add("--batch-size", type=_positive, default=4)
+    add("--image-size", type=_positive, default=224)
+    add("--threads", type=_positive, default=1, help="CPU threads (default 1)")
+    add("--seconds", type=float, default=5.0, help="time to spend on each subject, about")
+    add("--steps", type=_positive, help="number of rounds, instead of --seconds")
+    add("--no-memory", action="store_true", help="do not measure peak memory")
+    add("--authors", type=Path, metavar="PATH", help="clone of github.com/LeapLabTHU/ACmix, for authors:... subjects")
+    add("--json", type=Path, metavar="FILE", help="write the results there too")
+    add("--suite", action="store_true", help="measure every target of the device; write RESULTS.md and JSON")
+    add("--out", type=Path, default=out, metavar="FOLDER", help="where the suite writes (default: %(default)s)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
+    try:
+        options.out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: {error.strerror}") from None
+    machine = describe(device, options.threads)
+    suite = Suite(device, options.authors, options.seconds)
+    rows = run_targets(suite, lambda line: print(line, flush=True))
+    write_json({"machine": machine, "targets": rows}, options.out / f"results-{device.type}.json")
+    write_page(options.out)
+    print(f"Wrote {options.out / 'RESULTS.md'} and results-{device.type}.json")
+    return 1 if any("refused" in row for row in rows) else 0
+
+
+def _run_comparison(options: argparse.Namespace, device: torch.device) -> int:
+    machine = describe(device, options.threads)
+    setting = Setting(
+        device,
+        options.dtype,
+        options.compile,
+        options.channels_last,
+        options.batch_size,
+        options.image_size,
+        options.authors,
+    )
+    cases = _cases(options, setting)
+    roofline = measure_roofline(device, DTYPES[options.dtype])
+    results: list[Result] = []
+    for mode in MODES if options.mode == "both" else [options.mode]:
+        budget = {"seconds": options.seconds, "rounds": options.steps, "memory": not options.no_memory}
+        measured = measure(cases, roofline, mode=mode, **budget)
+        print(table(measured, against=len(cases) - 1 if options.against else None), flush=True)
+        results += measured
+    print(f"{machine['device']}, {options.threads} thread(s), torch {machine['versions']['torch']}, {machine['date']}; "
+          f"measured roof: {2e-9 * roofline.matmul:,.0f} GFLOP/s, {1e-9 * roofline.copy:,.1f} GB/s")  # fmt: skip
+    if options.json:
+        write_json({"machine": machine, "results": [result.as_dict() for result in results]}, options.json)
+    return 1 if any(result.refused for result in results) else 0
+
+
+def _cases(options: argparse.Namespace, setting: Setting) -> list[Case]:
+    """Every subject with every implementation asked for, then the one to compare with."""
+    cases = []
+    for subject in options.subjects.split(","):
+        for impl in _impls(subject, options.impl):
+            case = _runnable(subject, setting, impl, skip=options.impl == "all")
+            cases += [case] if case else []
+    if options.against:
+        base = _runnable(options.against, setting, "auto", skip=False)
+        cases += [base] if base else []
+    return cases
+
+
+def _impls(subject: str, wanted: str) -> Sequence[str]:
+    if is_authors(subject):
+        return ["auto"]
+    if wanted == "all":
+        return SHIFT_CONV_IMPLS if subject.startswith("shift_conv:") else ATTENTION_IMPLS
+    return wanted.split(",")
+
+
+def _runnable(subject: str, setting: Setting, impl: str, *, skip: bool) -> Case | None:
+    """Build a case whose implementation can run; else None with a word about it, or UserError if it was asked for."""
+    try:
+        build_case(subject, replace(setting, compile=False), impl).infer()
+    except ValueError as reason:
+        if not skip:
+            raise UserError(f"{subject} [{impl}]: {reason}") from None
+        print(f"{subject} [{impl}] cannot run: {reason}", file=sys.stderr)
+        return None
+    return build_case(subject, setting, impl)

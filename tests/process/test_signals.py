@@ -1,0 +1,72 @@
+"""Stop requests inside one process; the drills send them to real runs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from acmix.process.signals import HANDLED, StopSignals
+
+
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with StopSignals() as watching:
+        watching.begin()
+        yield watching
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_signal_only_sets_a_flag(signals: StopSignals, number: signal.Signals) -> None:
+    assert not signals.requested
+    os.kill(os.getpid(), number)
+    assert signals.requested
+    assert signals.reason == number.name
+
+
+def test_echo_of_the_launcher_is_no_second_request(signals: StopSignals) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.requested
+
+
+def test_signals_after_the_work_is_saved_are_ignored(signals: StopSignals) -> None:
+    signals.seal()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not signals.requested
+
+
+@pytest.mark.parametrize(
+    ("begin", "wait", "status"), [("", 0, 75), ("signals.begin();", 0.7, -15)], ids=["before the start", "second"]
+)
+@pytest.mark.parametrize(
+    "busy",
+    ["time.sleep(60)", "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"],
+    ids=["in Python", "inside a library"],
+)
+def test_signal_that_ends_the_process(begin: str, wait: float, status: int, busy: str) -> None:
+    program = (
+        "import time; from acmix.process.signals import StopSignals;"
+        f"signals = StopSignals().__enter__(); {begin} print('ready', flush=True); {busy}"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        if wait:
+            time.sleep(wait)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == status
+
+
+def test_loss_of_the_launcher_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    watching = StopSignals()
+    assert not watching.requested
+    monkeypatch.setattr(watching, "_launcher", os.getppid() + 1)
+    assert watching.requested
+    assert watching.reason == "the end of the launcher"
