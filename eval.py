@@ -51,21 +51,21 @@ def evaluate_from(options: argparse.Namespace) -> int:
 
     with Distributed.start(config.run) as dist:
         set_up_torch(config.run, dist.device)
-        weights, classes = dist.together(lambda: pick_weights(path, options.weights))
-        data = dist.together(lambda: build_val(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
-        width = dist.together(lambda: resolve_num_classes(config, data))
-        model = dist.together(lambda: models.create_model(config.model.name, width, **config.model.kwargs))
-        dist.together(lambda: load_weights(model, weights, str(path), models.load_official))
+        weights, classes = dist.all_or_none(lambda: pick_weights(path, options.weights))
+        data = dist.all_or_none(lambda: build_val(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
+        width = dist.all_or_none(lambda: resolve_num_classes(config, data))
+        model = dist.all_or_none(lambda: models.create_model(config.model.name, width, **config.model.kwargs))
+        dist.all_or_none(lambda: load_weights(model, weights, str(path), models.load_official))
         model.to(dist.device)
         confusion = Confusion(width, dist.device) if options.report else None
         observe = confusion.add if confusion else None
         metrics = evaluate(model, data, dist, config.precision, observe=observe)
         if confusion:
             matrix = confusion.matrix(dist)
-            dist.main_first(lambda: write_report(options.report, matrix, data.classes))
+            dist.on_main(lambda: write_report(options.report, matrix, data.classes))
         result = json.dumps({"checkpoint": str(path), "model": config.model.name, **(metrics or {})})
         if options.json:
-            dist.main_first(lambda: write_atomically(options.json, result + "\n"))
+            dist.on_main(lambda: write_atomically(options.json, result + "\n"))
         if dist.is_main:
             print(result, flush=True)
     return 0

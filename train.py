@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from acmix.config import Config, load_config
-from acmix.engine.run_folder import Choice, choose_run
+from acmix.engine.run_folder import RunChoice, choose_run
 from acmix.process.arguments import Arguments
 from acmix.process.program import rank_from_environment, run_program
 from acmix.process.signals import StopSignals
@@ -37,7 +37,7 @@ def prepare(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="config values to override")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
-    choice = Choice() if options.dry_run else choose_run(config, options.resume)
+    choice = RunChoice() if options.dry_run else choose_run(config, options.resume)
     if choice.status is not None:
         if rank_from_environment() == 0:
             print(choice.message)
@@ -45,7 +45,7 @@ def prepare(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     return train(config, choice, signals, dry_run=options.dry_run)
 
 
-def train(config: Config, choice: Choice, signals: StopSignals, *, dry_run: bool) -> int:
+def train(config: Config, choice: RunChoice, signals: StopSignals, *, dry_run: bool) -> int:
     """Build the parts of a run and let the trainer run it; returns the exit status."""
     from acmix import models
     from acmix.checkpoint.weights import start_from
@@ -69,10 +69,10 @@ def train(config: Config, choice: Choice, signals: StopSignals, *, dry_run: bool
             signals.begin()
         set_up_torch(config.run, dist.device)
         snapshot = session.load()
-        data = dist.together(lambda: build_data(config, rank=dist.rank, world_size=dist.world_size))
-        model = dist.together(build_model)
+        data = dist.all_or_none(lambda: build_data(config, rank=dist.rank, world_size=dist.world_size))
+        model = dist.all_or_none(build_model)
         mixing = build_mixup(config, data.num_classes)
-        learner = dist.together(lambda: Learner(config, model, dist, data.train, mixing=mixing))
+        learner = dist.all_or_none(lambda: Learner(config, model, dist, data.train, mixing=mixing))
         if dry_run:
             lines = plan(config, learner, data)
             if dist.is_main:
@@ -80,7 +80,7 @@ def train(config: Config, choice: Choice, signals: StopSignals, *, dry_run: bool
             return 0
         trainer = Trainer(config, learner, data, session, signals)
         if snapshot is not None:
-            dist.together(lambda: trainer.resume(snapshot))
+            dist.all_or_none(lambda: trainer.resume(snapshot))
         session.open(data.classes, trainer.progress.step)
         return trainer.fit()
 

@@ -73,7 +73,7 @@ def measure(
 ) -> list[Result]:
     """Check each case against its reference, then time those that pass, in turn.
 
-    A training step is forward, loss and backward, without the optimiser; inference is the forward pass alone. The
+    A training step is forward, loss and backward, without the optimizer; inference is the forward pass alone. The
     samples of one call are paired round by round, so their ratios hold on a busy machine.
     """
     refusals = [_refusal(case) for case in cases]

@@ -14,7 +14,7 @@ _OLD = re.compile(r"\.old-(step_\d{8,})-\d+")
 
 
 def step_name(step: int) -> str:
-    """Folder name of the checkpoint at an optimiser step: `step_` and at least eight digits."""
+    """Folder name of the checkpoint at an optimizer step: `step_` and at least eight digits."""
     return f"step_{step:08d}"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 class Snapshot:
     """Everything a run needs to go on from a step.
 
-    model, ema: parameter name → tensor. training: optimiser, scaler and the like, of tensors, numbers, strings, lists,
+    model, ema: parameter name → tensor. training: optimizer, scaler and the like, of tensors, numbers, strings, lists,
     tuples and dicts (what `torch.load(weights_only=True)` reads). progress: JSON values: step, epoch, best metric, ...
     """
 
@@ -24,7 +24,7 @@ class Snapshot:
 
     @property
     def step(self) -> int:
-        """Optimiser updates done when the snapshot was taken."""
+        """Optimizer updates done when the snapshot was taken."""
         return int(self.progress["step"])
 
 

@@ -85,7 +85,7 @@ class CheckpointStore:
     def reserve(self, snapshot: Snapshot) -> None:
         """Get the host memory for copies of such a snapshot now, in the background; the first save then costs no more.
 
-        To be called once, when the optimiser has its state (after the first update). Does nothing if background is off.
+        To be called once, when the optimizer has its state (after the first update). Does nothing if background is off.
         """
         if self.background:
             self.wait()

@@ -1,4 +1,4 @@
-"""A model and all that moves its weights: loss, gradients, optimiser, schedule, loss scaling, running average."""
+"""A model and all that moves its weights: loss, gradients, optimizer, schedule, loss scaling, running average."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ class Learner:
     Attributes: `model` the bare network (never wrapped, so its state dict has plain names), `ema` timm's average or
     None, `optimizer`, `scheduler`, `scaler`.
 
-    Raises UserError for SyncBN without CUDA, an unknown optimiser, a model without gradient checkpointing.
+    Raises UserError for SyncBN without CUDA, an unknown optimizer, a model without gradient checkpointing.
     """
 
     def __init__(

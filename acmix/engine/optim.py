@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule, both timm's; the parameter groups know about path weights."""
+"""Optimizer and learning-rate schedule, both timm's; the parameter groups know about path weights."""
 
 import inspect
 from difflib import get_close_matches

@@ -28,7 +28,7 @@ class Progress:
     unread: int = 0
 
 
-def identity(config: Config, data: "Data", world_size: int) -> dict[str, Any]:
+def run_fingerprint(config: Config, data: "Data", world_size: int) -> dict[str, Any]:
     """What a checkpoint records of its run; all but `world_size` and `config` must be the same to continue it."""
     return {
         "model_name": config.model.name,

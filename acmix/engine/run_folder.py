@@ -21,7 +21,7 @@ _TRACES = (CONFIG, "metrics.jsonl", "checkpoints", SUMMARY)
 
 
 @dataclass(frozen=True)
-class Choice:
+class RunChoice:
     """Where a run goes on or begins.
 
     folder: the run folder; None for a new one named after the time. checkpoint: the run or checkpoint to continue from;
@@ -36,7 +36,7 @@ class Choice:
     message: str = ""
 
 
-def choose_run(config: Config, resume: str) -> Choice:
+def choose_run(config: Config, resume: str) -> RunChoice:
     """Decide what `--resume none|auto|PATH` and `run.dir` mean, without touching anything.
 
     Raises UserError when a new run would land in a folder that holds one, or PATH does not exist.
@@ -51,7 +51,7 @@ def choose_run(config: Config, resume: str) -> Choice:
             raise UserError(
                 f"run.dir: {folder} already holds a run; continue it with --resume auto, or choose another run.dir"
             )
-        return Choice(folder)
+        return RunChoice(folder)
     if resume == "auto":
         return _choose_automatically(config, folder)
     return _choose_explicitly(Path(resume), folder)
@@ -135,28 +135,28 @@ def _run_of_this_launcher(config: Config, folder: Path | None) -> Path | None:
     return next((run for run in candidates if read_summary(run).get("launcher") == launcher_id()), None)
 
 
-def _continue_restarted(folder: Path) -> Choice:
+def _continue_restarted(folder: Path) -> RunChoice:
     status = read_summary(folder).get("status")
     if status == "requeue":
-        return Choice(folder, status=REQUEUE, message=f"{folder} was stopped by a signal and is not restarted here")
+        return RunChoice(folder, status=REQUEUE, message=f"{folder} was stopped by a signal and is not restarted here")
     if status == "done":
-        return Choice(folder, status=0, message=f"{folder} is finished")
-    return Choice(folder, checkpoint=folder, or_begin=True)
+        return RunChoice(folder, status=0, message=f"{folder} is finished")
+    return RunChoice(folder, checkpoint=folder, or_begin=True)
 
 
-def _choose_automatically(config: Config, folder: Path | None) -> Choice:
+def _choose_automatically(config: Config, folder: Path | None) -> RunChoice:
     if folder is not None:
         if not holds_run(folder):
-            return Choice(folder)
+            return RunChoice(folder)
         if read_summary(folder).get("status") == "done":
             message = f"{folder} is finished, nothing to do; raise schedule.epochs and give --resume {folder} to go on"
-            return Choice(folder, status=0, message=message)
-        return Choice(folder, checkpoint=folder, or_begin=True)
+            return RunChoice(folder, status=0, message=message)
+        return RunChoice(folder, checkpoint=folder, or_begin=True)
     unfinished = [run for run in _runs_named(config) if read_summary(run).get("status") != "done"]
-    return Choice(unfinished[0], checkpoint=unfinished[0], or_begin=True) if unfinished else Choice()
+    return RunChoice(unfinished[0], checkpoint=unfinished[0], or_begin=True) if unfinished else RunChoice()
 
 
-def _choose_explicitly(path: Path, folder: Path | None) -> Choice:
+def _choose_explicitly(path: Path, folder: Path | None) -> RunChoice:
     if not path.exists():
         raise UserError(f"--resume {path}: no such run or checkpoint; give none, auto, a run folder or a checkpoint")
     real = path.resolve()
@@ -167,13 +167,13 @@ def _choose_explicitly(path: Path, folder: Path | None) -> Choice:
     else:
         owner = None
     if folder is None or (owner is not None and folder.resolve() == owner.resolve()):
-        return Choice(owner, checkpoint=path)
+        return RunChoice(owner, checkpoint=path)
     if holds_run(folder):
         raise UserError(
             f"run.dir: {folder} already holds another run than --resume {path}; choose another run.dir, or leave it "
             "out to go on in the run the checkpoint belongs to"
         )
-    return Choice(folder, checkpoint=path)
+    return RunChoice(folder, checkpoint=path)
 
 
 def _runs_named(config: Config) -> list[Path]:

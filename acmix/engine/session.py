@@ -10,11 +10,11 @@ from acmix.checkpoint.layout import CHECKPOINTS, list_checkpoints
 from acmix.checkpoint.store import CheckpointStore, Snapshot, load_checkpoint
 from acmix.config import Config
 from acmix.engine.lock import RunLock
-from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, Choice, launcher_id, new_folder, write_atomically
+from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder, write_atomically
 from acmix.errors import UserError
 from acmix.process.distributed import Distributed
 from acmix.process.exits import DONE, REQUEUE
-from acmix.process.program import Quiet
+from acmix.process.program import ReportedElsewhere
 from acmix.telemetry.run_log import RunLog
 
 STATUS_NAMES = {DONE: "done", REQUEUE: "requeue"}
@@ -26,7 +26,7 @@ class Session:
     Rank 0 alone touches the disk; the others follow its choices. A context manager.
     """
 
-    def __init__(self, choice: Choice, config: Config, dist: Distributed) -> None:
+    def __init__(self, choice: RunChoice, config: Config, dist: Distributed) -> None:
         self.choice = choice
         self.config = config
         self.dist = dist
@@ -53,15 +53,15 @@ class Session:
 
         Raises UserError when another process runs in the folder, or the checkpoint asked for cannot be read.
         """
-        path = self.dist.main_first(self._find_checkpoint)
+        path = self.dist.on_main(self._find_checkpoint)
         path = self.dist.from_main(None if path is None else str(path))
         if path is None:
             return None
-        return self.dist.together(lambda: load_checkpoint(Path(path)))
+        return self.dist.all_or_none(lambda: load_checkpoint(Path(path)))
 
     def open(self, classes: list[str], step: int) -> None:
         """Create the folder (or go on in it from `step`), with config, classes, log and checkpoint store."""
-        self.folder = Path(self.dist.from_main(self.dist.main_first(lambda: str(self._create(classes, step)))))
+        self.folder = Path(self.dist.from_main(self.dist.on_main(lambda: str(self._create(classes, step)))))
         self._log = RunLog(self.folder, enabled=self.dist.is_main, resume_step=step)
         self._open = True
 
@@ -86,7 +86,7 @@ class Session:
         with self._held, suppress(UserError):
             if self._log is not None:
                 self._log.close()
-            if error is not None and self._open and not isinstance(error, Quiet):
+            if error is not None and self._open and not isinstance(error, ReportedElsewhere):
                 self.summarise("failed", error=str(error) or type(error).__name__)
             if self._store is not None:
                 self._store.wait()  # a save that was begun is worth finishing, whatever else went wrong

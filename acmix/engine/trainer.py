@@ -19,13 +19,13 @@ from acmix.data.workers import explain_worker_death
 from acmix.engine.evaluate import Metrics, evaluate
 from acmix.engine.learner import Learner
 from acmix.engine.meter import Meter
-from acmix.engine.progress import Progress, brief, identity, refuse_other_run
+from acmix.engine.progress import Progress, brief, refuse_other_run, run_fingerprint
 from acmix.engine.session import Session
 from acmix.errors import UserError
 from acmix.process.distributed import Verdict
 from acmix.process.environment import describe
 from acmix.process.exits import DONE, REQUEUE
-from acmix.process.program import Quiet, RunFailure
+from acmix.process.program import ReportedElsewhere, RunFailure
 from acmix.process.signals import StopSignals
 from acmix.telemetry.paths import path_layers
 
@@ -60,7 +60,7 @@ class Trainer:
     def resume(self, snapshot: Snapshot) -> None:
         """Continue from a checkpoint. UserError when it belongs to another network, data set, seed or global batch."""
         saved = snapshot.progress
-        refuse_other_run(saved, identity(self.config, self.data, self.dist.world_size))
+        refuse_other_run(saved, run_fingerprint(self.config, self.data, self.dist.world_size))
         self.learner.load(snapshot.model, snapshot.ema, snapshot.training)
         self.progress = Progress(**{key: saved[key] for key in asdict(Progress())})
         self._saved_at = (self.progress.step, self.progress.epoch)
@@ -69,7 +69,7 @@ class Trainer:
         """Train; returns the exit status: 0 when the schedule is complete, 75 when a signal stopped the run.
 
         Raises RunFailure for a loss that is not finite and for a loader process that died, UserError for a checkpoint
-        that cannot be written; on the ranks that do not report it, Quiet.
+        that cannot be written; on the ranks that do not report it, ReportedElsewhere.
         """
         try:
             return self._run()
@@ -222,7 +222,7 @@ class Trainer:
             loss=loss, bad=bad, unread=unread, stop=self.signals.requested, give_up=self._problem is not None
         )
         if verdict.give_up:
-            raise self._problem or Quiet(2)
+            raise self._problem or ReportedElsewhere(2)
         return verdict
 
     def _poll(self) -> bool:
@@ -236,7 +236,7 @@ class Trainer:
             self.session.log.line(f"warning: left out at step {step}: {image}")
         row = {"epoch": self.progress.epoch + 1, "step": step, "count": len(images), "images": images}
         self.session.log.event("unread", row)
-        self.dist.together(lambda: skipped.add(len(images)))
+        self.dist.all_or_none(lambda: skipped.add(len(images)))
         self.progress.unread = skipped.count
 
     def _skip_or_fail(self, step: int, batches: Sequence[Batch], losses: Tensor) -> None:
@@ -255,7 +255,7 @@ class Trainer:
 
     def _non_finite(self, message: str) -> Exception:
         if not self.dist.is_main:
-            return Quiet(RunFailure.status)
+            return ReportedElsewhere(RunFailure.status)
         self.session.store.wait()
         last = self.session.store.newest() or "none yet"
         return RunFailure(
@@ -289,7 +289,7 @@ class Trainer:
         self.meter.restart()
 
     def _reserve_once(self) -> None:
-        """After the first update the optimiser has its state: get the memory for copies before the first save."""
+        """After the first update the optimizer has its state: get the memory for copies before the first save."""
         if self.dist.is_main and not self._reserved:
             self._reserved = True
             self._attempt(lambda: self.session.store.reserve(self._snapshot()))
@@ -311,7 +311,7 @@ class Trainer:
             model=learner.model.state_dict(),
             ema=None if learner.ema is None else learner.ema.module.state_dict(),
             training=learner.training_state(),
-            progress={**asdict(self.progress), **identity(self.config, self.data, self.dist.world_size)},
+            progress={**asdict(self.progress), **run_fingerprint(self.config, self.data, self.dist.world_size)},
         )
 
     def _suspend(self) -> int:

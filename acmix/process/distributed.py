@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from acmix.config import RunConfig
 from acmix.errors import UserError
-from acmix.process.program import Quiet, RunFailure
+from acmix.process.program import ReportedElsewhere, RunFailure
 from acmix.process.watchdog import Watchdog
 
 Result = TypeVar("Result")
@@ -116,7 +116,7 @@ class Distributed:
         loss, bad_ranks, unread_images, stops, gives_up = self.all_reduce(sums).tolist()
         return Verdict(loss / self.world_size, int(bad_ranks), int(unread_images), stops > 0, gives_up > 0)
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def all_or_none(self, work: Callable[[], Result]) -> Result:
         """Do something on every rank that may go wrong on some: then all end, and the first such rank says why."""
         result: Result | None = None
         problem: UserError | None = None
@@ -127,14 +127,14 @@ class Distributed:
         failures = self.gather(None if problem is None else getattr(problem, "status", 2))
         failed = [rank for rank, status in enumerate(failures) if status is not None]
         if failed and (problem is None or self.rank != failed[0]):
-            raise Quiet(failures[failed[0]])
+            raise ReportedElsewhere(failures[failed[0]])
         if problem is not None:
             raise problem
         return result  # type: ignore[return-value]  # None only where Result allows it
 
-    def main_first(self, work: Callable[[], Result]) -> Result | None:
+    def on_main(self, work: Callable[[], Result]) -> Result | None:
         """Do something on rank 0 alone; the others get None once it is done, or end quietly when it fails."""
-        return self.together(lambda: work() if self.is_main else None)
+        return self.all_or_none(lambda: work() if self.is_main else None)
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers (batch norm statistics), so that all evaluate and save the same network."""
@@ -157,10 +157,10 @@ class Distributed:
             if self.control is not None:
                 torch_distributed.destroy_process_group()
             return
-        if self.control is None or isinstance(error, (Quiet, SystemExit)):
+        if self.control is None or isinstance(error, (ReportedElsewhere, SystemExit)):
             return
         if not self.watchdog.claim_failure():
-            raise Quiet(RunFailure.status) from None
+            raise ReportedElsewhere(RunFailure.status) from None
         if isinstance(error, UserError):
             error.reported_here = True  # type: ignore[attr-defined]
         if _is_lost_connection(error):

@@ -20,7 +20,7 @@ class RunFailure(UserError):
     reported_here = False
 
 
-class Quiet(Exception):
+class ReportedElsewhere(Exception):
     """Ends this process without a word, because another rank reports the error."""
 
     def __init__(self, status: int) -> None:
@@ -41,7 +41,7 @@ def run_program(work: Callable[[], int], signals: StopSignals | None = None) -> 
     """
     try:
         status = work()
-    except Quiet as error:
+    except ReportedElsewhere as error:
         return _leave(error.status)
     except UserError as error:
         status = getattr(error, "status", BAD_USAGE)

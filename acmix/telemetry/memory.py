@@ -12,7 +12,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training step on one process: weights with buffers, gradients, optimiser state, saved activations.
+    """Bytes of a training step on one process: weights with buffers, gradients, optimizer state, saved activations.
 
     The total is a lower bound of the peak: temporary buffers of single operations come on top.
     """
@@ -64,7 +64,7 @@ class SavedActivations:
 
 
 def step_memory(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int) -> StepMemory:
-    """Memory of a training step, after the first one: before it, there are no gradients and no optimiser state.
+    """Memory of a training step, after the first one: before it, there are no gradients and no optimizer state.
 
     Args:
         activations: bytes, from `SavedActivations` around the forward pass and the loss.

@@ -113,7 +113,7 @@ def payloads(sentinel: Path) -> dict[str, tuple[Any, str]]:
         "webbrowser": (Call("webbrowser", "open", "file://" + path), "webbrowser.open"),
         "timeit": (Call("timeit", "timeit", code), "timeit.timeit"),
         "distutils": (Call("distutils.file_util", "write_file", path, ["x"]), "distutils.file_util.write_file"),
-        "nested in the optimiser": (
+        "nested in the optimizer": (
             {"model": WEIGHTS, "optimizer": {"state": {0: Call("os", "system", touch)}}},
             "os.system",
         ),

@@ -192,7 +192,7 @@ def assert_identical(first: Any, second: Any, place: str = "") -> None:
 
 @pytest.fixture(scope="session")
 def assert_same_run() -> Callable[[Path, Path], None]:
-    """Check that two runs ended alike, bit for bit: weights, EMA and counter, optimiser, scaler, best, rows, curves."""
+    """Check that two runs ended alike, bit for bit: weights, EMA and counter, optimizer, scaler, best, rows, curves."""
 
     def check(whole: Path, resumed: Path) -> None:
         first, second = load_checkpoint(whole), load_checkpoint(resumed)
