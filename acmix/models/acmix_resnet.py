@@ -15,8 +15,9 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from acmix.layers import ACmix
+from acmix.layers import ACmix, LocalAttention
 from acmix.models.checks import check_positive, check_rates
+from acmix.models.official import OfficialNames, register_official
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -274,7 +275,7 @@ class ACmixResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> ACmixResNet:
     return build_model_with_cfg(ACmixResNet, variant, pretrained, **kwargs)
 
 
@@ -299,18 +300,34 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def acmix_resnet26(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def acmix_resnet26(pretrained: bool = False, **kwargs: Any) -> ACmixResNet:
     """ACmix-ResNet-26: 10.5 million parameters, 76.1 % top-1 on ImageNet in the paper."""
     return _create("acmix_resnet26", pretrained, **{"layers": (1, 2, 4, 1), **kwargs})
 
 
 @register_model
-def acmix_resnet38(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def acmix_resnet38(pretrained: bool = False, **kwargs: Any) -> ACmixResNet:
     """ACmix-ResNet-38: 14.4 million parameters, 77.4 % top-1 on ImageNet in the paper."""
     return _create("acmix_resnet38", pretrained, **{"layers": (2, 3, 5, 2), **kwargs})
 
 
 @register_model
-def acmix_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def acmix_resnet50(pretrained: bool = False, **kwargs: Any) -> ACmixResNet:
     """ACmix-ResNet-50: 18.3 million parameters, 77.8 % top-1 on ImageNet in the paper."""
     return _create("acmix_resnet50", pretrained, **{"layers": (3, 4, 6, 3), **kwargs})
+
+
+register_official(
+    OfficialNames(
+        network=ACmixResNet,
+        attention=LocalAttention,
+        layer="conv2",
+        block={
+            "qkv.weight": ("conv1.weight", "conv2.weight", "conv3.weight"),
+            "qkv.bias": ("conv1.bias", "conv2.bias", "conv3.bias"),
+            "attention.position_weight": ("conv_p.weight",),
+        },
+        pointwise=frozenset({"conv1.weight", "conv2.weight", "conv3.weight", "conv_p.weight"}),
+        without_effect=frozenset({"conv2.conv_p.bias"}),  # it cancels in the difference of two positions
+    )
+)

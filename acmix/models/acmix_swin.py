@@ -4,6 +4,7 @@ Paper: On the Integration of Self-Attention and Convolution, CVPR 2022, https://
 network around the block is Swin Transformer, https://arxiv.org/abs/2103.14030.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from acmix.layers import ACmix, WindowAttention
 from acmix.models.checks import check_positive, check_rates
+from acmix.models.official import OfficialNames, register_official
 
 
 class SwinBlock(nn.Module):
@@ -337,7 +339,7 @@ class ACmixSwin(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> ACmixSwin:
     feature_cfg = {"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"}
     return build_model_with_cfg(ACmixSwin, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
@@ -364,12 +366,37 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def acmix_swin_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def acmix_swin_tiny(pretrained: bool = False, **kwargs: Any) -> ACmixSwin:
     """ACmix-Swin-T: 28.6 million parameters, 81.9 % top-1 on ImageNet in the paper."""
     return _create("acmix_swin_tiny", pretrained, **{"depths": (2, 2, 6, 2), **kwargs})
 
 
 @register_model
-def acmix_swin_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def acmix_swin_small(pretrained: bool = False, **kwargs: Any) -> ACmixSwin:
     """ACmix-Swin-S: 50.3 million parameters, 83.5 % top-1 on ImageNet in the paper."""
     return _create("acmix_swin_small", pretrained, **{"depths": (2, 2, 18, 2), **kwargs})
+
+
+def _official_name(name: str) -> str:
+    """The authors' name of a tensor outside the blocks, from ours."""
+    name = re.sub(r"^head\.fc\.", "head.", name)
+    # the authors merge patches at the end of a stage, we at the beginning of the next
+    return re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
+
+
+register_official(
+    OfficialNames(
+        network=ACmixSwin,
+        attention=WindowAttention,
+        layer="attn",
+        block={
+            "qkv.weight": ("qkv.weight",),
+            "qkv.bias": ("qkv.bias",),
+            "attention.proj.weight": ("proj.weight",),
+            "attention.proj.bias": ("proj.bias",),
+            "attention.relative_position_bias_table": ("relative_position_bias_table",),
+        },
+        without_effect=frozenset({"attn.relative_position_index", "attn_mask"}),  # buffers, which we compute
+        rename=_official_name,
+    )
+)

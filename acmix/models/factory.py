@@ -3,11 +3,11 @@
 import difflib
 import inspect
 import re
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import timm
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
 from torch import nn
 
 from acmix.errors import UserError
@@ -27,9 +27,10 @@ def create_model(name: str, num_classes: int = 1000, **kwargs: Any) -> nn.Module
     """Build a network of ours or of timm's, with new weights.
 
     Args:
-        name: Name in timm's registry, which holds ours once `models` is imported.
+        name: Name in timm's registry, which holds ours and those of any file with timm's `register_model`.
         num_classes: Width of the classifier.
-        kwargs: Arguments of the network (`model.kwargs` in a config).
+        kwargs: Arguments of the network (`model.kwargs` in a config). For a network from outside timm whose entry
+            point names its class (`-> ACmixResNet`), they are checked against the constructor's annotations first.
 
     Raises:
         UserError: for an unknown name, an argument that the network does not take, or a value it refuses.
@@ -42,45 +43,59 @@ def create_model(name: str, num_classes: int = 1000, **kwargs: Any) -> nn.Module
         if key in kwargs:
             raise UserError(f"model.kwargs.{key} is not allowed: {way_out}")
     kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
-    if name.startswith("acmix_"):
-        _check_types(name, kwargs)
+    network = _network(name)
+    if network is not None and not network.__module__.startswith("timm."):  # timm takes more than it annotates
+        _check_types(name, network, kwargs)
     try:
         return timm.create_model(name, num_classes=num_classes, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise UserError(_explain(name, error)) from error
+        raise UserError(_explain(name, network, error)) from error
 
 
-def _network(name: str, class_name: str | None = None) -> type | None:
-    """The class named `class_name`, or the only ACmix network, in the file that registers `name`."""
-    file = sys.modules[timm.models.model_entrypoint(name.split(".")[0]).__module__]
-    if class_name is not None:
-        return getattr(file, class_name, None)
-    return next(value for key, value in vars(file).items() if key.startswith("ACmix") and key != "ACmix")
+def _network(name: str) -> type[nn.Module] | None:
+    """The class that the entry point of `name` is annotated to return; None if it names none."""
+    network = _signature(timm.models.model_entrypoint(name.split(".")[0])).return_annotation
+    return network if isinstance(network, type) and issubclass(network, nn.Module) else None
 
 
-def _check_types(name: str, kwargs: dict[str, Any]) -> None:
-    """Hold the values against the annotations of our own networks."""
-    network = _network(name)
-    assert network is not None
-    parameters = inspect.signature(network).parameters
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function or class; annotations that name what only a type checker imports stay strings."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except NameError:
+        return inspect.signature(function)
+
+
+def _check_types(name: str, network: type[nn.Module], kwargs: dict[str, Any]) -> None:
+    """Check the values against the annotations of the network's constructor; raises UserError."""
+    parameters = _signature(network).parameters
     for key, value in kwargs.items():
         if key not in parameters or value is None:
             continue
-        try:
-            TypeAdapter(parameters[key].annotation).validate_python(value, strict=True)
-        except ValidationError as error:
-            wanted = error.errors()[0]["msg"]
-            raise UserError(f"model.kwargs.{key}: {value!r} does not fit {name}: {wanted}") from error
+        forms = (value, list(value)) if isinstance(value, tuple) else (value,)  # a list in YAML may stand for either
+        refusals = [_type_refusal(parameters[key].annotation, form) for form in forms]
+        if all(refusals):
+            raise UserError(f"model.kwargs.{key}: {value!r} does not fit {name}: {refusals[0]}")
 
 
-def _explain(name: str, error: Exception) -> str:
+def _type_refusal(annotation: Any, value: Any) -> str | None:
+    """Why a value is not of the annotated type; None if it is, or if pydantic does not know the type."""
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError as error:
+        return error.errors()[0]["msg"]
+    except (PydanticUserError, PydanticUndefinedAnnotation):
+        return None
+    return None
+
+
+def _explain(name: str, network: type[nn.Module] | None, error: Exception) -> str:
     """What a failed construction means to the person who wrote model.kwargs."""
     match = re.match(r"(?:(\w+)\.)?\w+\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if not match:
         return f"model.kwargs do not fit {name}: {error}"
     key, message = match[2], f"model.kwargs.{match[2]}: {name} takes no such argument"
-    network = _network(name, match[1]) if match[1] else None
-    if network is None:
+    if network is None or match[1] not in [base.__name__ for base in network.__mro__]:
         return message
     known = [key for key in inspect.signature(network).parameters if key not in ("num_classes", "kwargs")]
     nearest = difflib.get_close_matches(key, known, n=1)

@@ -1,53 +1,78 @@
-"""The authors' released checkpoints (github.com/LeapLabTHU/ACmix) into ours.
+"""Load the checkpoints that the authors released (github.com/LeapLabTHU/ACmix) into our networks.
 
 Every parameter of ours is one official tensor, or several stacked by rows, up to its shape; so a table of names is all
-the conversion there is.
+the conversion there is. Each family's file registers its own table.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from acmix.layers import ACmix, LocalAttention, WindowAttention
-from acmix.models.acmix_resnet import ACmixResNet
-from acmix.models.acmix_swin import ACmixSwin
+from acmix.layers import ACmix, AttentionPath
 
-# name in our block → names in the official block whose rows, stacked, it is
-_COMMON = {
+# our name in a block → the official names in theirs whose rows, stacked, it is; the same in every family
+_EVERY_BLOCK = {
     "convolution.fc_weight": ("fc.weight",),
     "convolution.fc_bias": ("fc.bias",),
     "convolution.shift_weight": ("dep_conv.weight",),
     "mix.alpha": ("rate1",),
     "mix.beta": ("rate2",),
 }
-_LOCAL = _COMMON | {
-    "qkv.weight": ("conv1.weight", "conv2.weight", "conv3.weight"),
-    "qkv.bias": ("conv1.bias", "conv2.bias", "conv3.bias"),
-    "attention.position_weight": ("conv_p.weight",),
-}
-_WINDOW = _COMMON | {
-    "qkv.weight": ("qkv.weight",),
-    "qkv.bias": ("qkv.bias",),
-    "attention.proj.weight": ("proj.weight",),
-    "attention.proj.bias": ("proj.bias",),
-    "attention.relative_position_bias_table": ("relative_position_bias_table",),
-}
-# official names that stand for 1×1 convolutions where we keep a matrix
-_POINTWISE = {"conv1.weight", "conv2.weight", "conv3.weight", "conv_p.weight", "fc.weight"}
+
+
+@dataclass(frozen=True)
+class OfficialNames:
+    """The names that the authors' code gives to the tensors of one family.
+
+    network: Class of our networks.
+    attention: Class of the attention path in their blocks; it tells which family a bare block belongs to.
+    layer: What the authors call the layer that is `acmix` in our network.
+    block: Our name inside a block → the official names inside theirs whose rows, stacked, it is; the convolution path
+        and the path weights are the same in every family and need no entry.
+    pointwise: Official names inside a block that are 1×1 convolutions where we keep a matrix.
+    without_effect: Official names, `layer` included, of tensors that change nothing and have no place in ours.
+    rename: Our name outside the blocks → the official one.
+    """
+
+    network: type[nn.Module]
+    attention: type[AttentionPath]
+    layer: str
+    block: Mapping[str, tuple[str, ...]]
+    pointwise: frozenset[str] = frozenset()
+    without_effect: frozenset[str] = frozenset()
+    rename: Callable[[str], str] = str
+
+    def absolute(self, path: str, name: str) -> str:
+        """Official name of a tensor near the block at `path`, from its name relative to the module around the block."""
+        return path.removesuffix("acmix") + name if path else name.removeprefix(f"{self.layer}.")
+
+    def shape(self, name: str, tensor: Tensor, parts: int) -> tuple[int, ...]:
+        """Official shape of `name` inside a block, one of the `parts` that make up our `tensor`."""
+        if tensor.dim() == 0:
+            return (1,)
+        shape = (tensor.shape[0] // parts, *tensor.shape[1:])
+        return (*shape, 1, 1) if name == "fc.weight" or name in self.pointwise else shape
+
+
+_FAMILIES: list[OfficialNames] = []
+
+
+def register_official(names: OfficialNames) -> None:
+    """Let `load_official` load the authors' weights into a family."""
+    _FAMILIES.append(names)
 
 
 def load_official(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Load the authors' weights into a bare ACmix block, an ACmix-ResNet or an ACmix-Swin, strictly.
+    """Load the authors' weights into a bare ACmix block or a network of a registered family, strictly.
 
-    Every official tensor is used, except those that change nothing: `conv_p.bias`, which cancels; the buffers
-    `relative_position_index` and `attn_mask`, which we compute; and a `dep_conv.bias` of zeros, which the authors'
-    initialisation removes from the module before anything is saved.
+    Every official tensor is used, except those that change nothing: the family's own (`OfficialNames.without_effect`)
+    and a `dep_conv.bias` of zeros, which the authors' initialisation removes from the module before anything is saved.
 
     Args:
-        module: `ACmix`, `ACmixResNet` or `ACmixSwin`; its parameters are overwritten in place, in their own dtype.
+        module: `ACmix`, or a network such as `ACmixResNet`; its parameters are overwritten in place, in their dtype.
         state_dict: Names to tensors, or a checkpoint that holds them under `model` or `state_dict`; names may have the
             prefix `module.` of a wrapped network.
 
@@ -55,8 +80,10 @@ def load_official(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         ValueError: listing every missing and unexpected name and every shape that differs, before anything is changed.
     """
     given = _unwrap(state_dict)
+    names = _family(module)
     ours = module.state_dict()
-    plan = dict(_plan(module, ours))
+    blocks = {path: block for path, block in module.named_modules() if isinstance(block, ACmix)}
+    plan = dict(_plan(names, ours, blocks))
     expected = {name: shape for sources in plan.values() for name, shape in sources}
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
     problems = [f"missing: {name}" for name in expected if name not in given and name not in optional]
@@ -64,7 +91,7 @@ def load_official(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         if name in expected:
             if tuple(value.shape) != expected[name]:
                 problems.append(f"shape: {name} is {tuple(value.shape)}, the model needs {expected[name]}")
-        elif not _without_effect(name, value, module):
+        elif not any(_without_effect(names, path, block, name, value) for path, block in blocks.items()):
             problems.append(f"unexpected: {name}")
     if problems:
         raise ValueError(
@@ -88,64 +115,46 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("module.") if wrapped else name: value for name, value in checkpoint.items()}
 
 
-def _plan(module: nn.Module, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
+def _family(module: nn.Module) -> OfficialNames:
+    """The family of a network by its class, of a bare block by its attention path."""
+    for names in _FAMILIES:
+        if isinstance(module, names.network):
+            return names
+        if isinstance(module, ACmix) and isinstance(module.attention, names.attention):
+            return names
+    if isinstance(module, ACmix):
+        found = "no attention path" if module.attention is None else type(module.attention).__name__
+        known = " or ".join(names.attention.__name__ for names in _FAMILIES)
+        raise ValueError(f"a block with {found} has no counterpart in the authors' code: theirs have {known}")
+    *others, last = ["ACmix", *(names.network.__name__ for names in _FAMILIES)]
+    raise ValueError(f"load_official takes {', '.join(others)} or {last}, not {type(module).__name__}")
+
+
+def _plan(
+    names: OfficialNames, ours: Mapping[str, Tensor], blocks: Mapping[str, ACmix]
+) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
     """For each name of ours: the official names, with their shapes, that make it up."""
-    if not isinstance(module, (ACmix, ACmixResNet, ACmixSwin)):
-        raise ValueError(f"load_official takes ACmix, ACmixResNet or ACmixSwin, not {type(module).__name__}")
-    blocks = {path: block for path, block in module.named_modules() if isinstance(block, ACmix)}
+    table = {**_EVERY_BLOCK, **names.block}
     owner = {f"{path}.{name}" if path else name: path for path, block in blocks.items() for name in block.state_dict()}
     for name, tensor in ours.items():
         if name not in owner:
-            yield name, [(_official_name(name, module), tuple(tensor.shape))]
+            yield name, [(names.rename(name), tuple(tensor.shape))]
             continue
         path = owner[name]
         inner = name[len(path) + 1 :] if path else name
-        table = _WINDOW if isinstance(blocks[path].attention, WindowAttention) else _LOCAL
         if inner not in table:
             raise ValueError(
                 f"{name} has no counterpart in the authors' code: their block is mix=learned, shift=learned"
             )
-        prefix = _official_block(path, module)
-        rows = len(table[inner])
-        yield name, [(prefix + part, _official_shape(part, tensor, rows)) for part in table[inner]]
+        parts = table[inner]
+        yield (
+            name,
+            [(names.absolute(path, f"{names.layer}.{part}"), names.shape(part, tensor, len(parts))) for part in parts],
+        )
 
 
-def _official_shape(name: str, tensor: Tensor, rows: int) -> tuple[int, ...]:
-    if tensor.dim() == 0:
-        return (1,)
-    shape = (tensor.shape[0] // rows, *tensor.shape[1:])
-    return (*shape, 1, 1) if name in _POINTWISE else shape
-
-
-def _official_name(name: str, module: nn.Module) -> str:
-    """The official name of a tensor outside the blocks."""
-    if isinstance(module, ACmixSwin):
-        name = re.sub(r"^head\.fc\.", "head.", name)
-        # the authors merge patches at the end of a stage, we at the beginning of the next
-        name = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
-    return name
-
-
-def _official_block(path: str, module: nn.Module) -> str:
-    """The official prefix of the block at `path`."""
-    if not path:
-        return ""
-    return path.removesuffix("acmix") + ("attn." if isinstance(module, ACmixSwin) else "conv2.")
-
-
-def _without_effect(name: str, value: Tensor, module: nn.Module) -> bool:
-    """Whether an official tensor that we have no place for may be dropped."""
-    for path, block in module.named_modules():
-        if not isinstance(block, ACmix):
-            continue
-        prefix = _official_block(path, module)
-        if isinstance(block.attention, LocalAttention) and name == prefix + "conv_p.bias":
-            return True
-        if isinstance(block.attention, WindowAttention) and name in (
-            prefix + "relative_position_index",
-            prefix.removesuffix("attn.") + "attn_mask",
-        ):
-            return True
-        if block.convolution is not None and name == prefix + "dep_conv.bias":
-            return not value.any()
-    return False
+def _without_effect(names: OfficialNames, path: str, block: ACmix, name: str, value: Tensor) -> bool:
+    """Whether an official tensor that we have no place for belongs to this block and may be dropped."""
+    if name == names.absolute(path, f"{names.layer}.dep_conv.bias"):
+        return block.convolution is not None and not value.any()
+    return block.attention is not None and any(name == names.absolute(path, part) for part in names.without_effect)

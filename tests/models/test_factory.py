@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import timm
+from timm.models import build_model_with_cfg, register_model
+from torch import nn
 
 from acmix import models
 from acmix.errors import UserError
@@ -51,6 +53,30 @@ def test_timms_own_networks_are_built_too():
 def test_what_cannot_be_built_is_refused_by_key_and_with_the_way_out(name, kwargs, message):
     with pytest.raises(UserError, match=message):
         models.create_model(name, **kwargs)
+
+
+class Loosely(nn.Linear):
+    """A user's network whose annotations say little, or what only its own file understands."""
+
+    def __init__(self, sizes: list[int], norm: "Norm" = None, scale=1, num_classes=2, in_chans=3):  # noqa: F821
+        super().__init__(sum(sizes), num_classes)
+
+
+@register_model
+def loosely(pretrained=False, **kwargs) -> Loosely:
+    return build_model_with_cfg(Loosely, "loosely", pretrained, **kwargs)
+
+
+@register_model
+def unannotated(pretrained=False, **kwargs):
+    return build_model_with_cfg(Loosely, "unannotated", pretrained, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["loosely", "unannotated"])
+def test_a_users_network_is_built_whatever_its_annotations(name):
+    assert models.create_model(name, 5, sizes=[3, 4], norm="batch", scale=2).weight.shape == (5, 7)
+    with pytest.raises(UserError, match=rf"model\.kwargs\.size: {name} takes no such argument"):
+        models.create_model(name, 5, size=[3, 4])
 
 
 class Hostile:

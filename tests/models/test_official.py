@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from acmix import ACmix, models
+from acmix.layers import AttentionPath
 from acmix.ops.implementations import ATTENTION_IMPLS
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -122,5 +123,14 @@ def test_an_arm_without_a_place_for_every_weight_is_refused(options):
 def test_what_is_no_state_dict_or_no_network_of_ours_is_refused():
     with pytest.raises(ValueError, match="no tensors: epoch"):
         models.load_official(ACmix(8, 8), {"epoch": 3})
-    with pytest.raises(ValueError, match="not Linear"):
+    with pytest.raises(ValueError, match="takes ACmix, ACmixResNet or ACmixSwin, not Linear"):
         models.load_official(torch.nn.Linear(2, 2), {})
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [({"attention": AttentionPath(2, 4)}, "AttentionPath"), ({"mix": "convolution"}, "no attention")],
+)
+def test_a_block_whose_attention_the_authors_do_not_have_is_refused(options, path):
+    with pytest.raises(ValueError, match=rf"{path}.* no counterpart.* LocalAttention or WindowAttention"):
+        models.load_official(ACmix(8, 8, heads=2, **options), block_weights())
