@@ -12,14 +12,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from acmix.config import Config, load_config
-from acmix.engine.run_folder import RunChoice, choose_run
 from acmix.process.arguments import Arguments
 from acmix.process.program import rank_from_environment, run_program
 from acmix.process.signals import StopSignals
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from acmix.config import Config
+    from acmix.engine.run_folder import RunChoice
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,13 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(arguments: Sequence[str] | None, signals: StopSignals) -> int:
-    """Everything that can be refused before the slow imports: usage, config, run folder."""
+    """Everything that can be refused before the slow imports: usage, missing packages, config, run folder."""
     parser = Arguments(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument("--resume", default="none", metavar="none|auto|PATH", help="what to continue from (none)")
     parser.add_argument("--dry-run", action="store_true", help="run one step, print the plan, leave nothing behind")
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="config values to override")
     options = parser.parse_intermixed_args(arguments)
+    from acmix.config import load_config
+    from acmix.engine.run_folder import RunChoice, choose_run
+
     config = load_config(options.config, options.overrides)
     choice = RunChoice() if options.dry_run else choose_run(config, options.resume)
     if choice.status is not None:
@@ -45,7 +49,7 @@ def prepare(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     return train(config, choice, signals, dry_run=options.dry_run)
 
 
-def train(config: Config, choice: RunChoice, signals: StopSignals, *, dry_run: bool) -> int:
+def train(config: "Config", choice: "RunChoice", signals: StopSignals, *, dry_run: bool) -> int:
     """Build the parts of a run and let the trainer run it; returns the exit status."""
     from acmix import models
     from acmix.checkpoint.weights import start_from

@@ -4,21 +4,24 @@ Light on purpose (no torch), so that a mistake is reported at once. `python -m a
 checks a file and prints it resolved; `python -m acmix.config --schema` prints the JSON schema for editors.
 """
 
-from acmix.config.load import load_config
-from acmix.config.schema import (
-    AugmentConfig,
-    Config,
-    DataConfig,
-    EmaConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PrecisionConfig,
-    RunConfig,
-    ScheduleConfig,
-    dataset_kind,
-    json_schema,
-)
+from acmix.errors import needs_train_extra
+
+with needs_train_extra():
+    from acmix.config.load import load_config
+    from acmix.config.schema import (
+        AugmentConfig,
+        Config,
+        DataConfig,
+        EmaConfig,
+        LossConfig,
+        ModelConfig,
+        OptimizerConfig,
+        PrecisionConfig,
+        RunConfig,
+        ScheduleConfig,
+        dataset_kind,
+        json_schema,
+    )
 
 __all__ = [
     "AugmentConfig", "Config", "DataConfig", "EmaConfig", "LossConfig", "ModelConfig", "OptimizerConfig",
