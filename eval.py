@@ -14,8 +14,7 @@ from pathlib import Path
 
 from acmix.config import load_config
 from acmix.engine.run_folder import find_config, write_atomically
-from acmix.process.arguments import Arguments
-from acmix.process.program import run_program
+from acmix.process.program import Arguments, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from acmix.config import Config, load_config
 from acmix.engine.run_folder import RunChoice, choose_run
-from acmix.process.arguments import Arguments
-from acmix.process.program import rank_from_environment, run_program
+from acmix.process.program import Arguments, rank_from_environment, run_program
 from acmix.process.signals import StopSignals
 
 if TYPE_CHECKING:

@@ -20,8 +20,7 @@ from torch import nn
 
 from acmix import models
 from acmix.checkpoint.store import CheckpointStore, Snapshot
-from acmix.process.arguments import Arguments
-from acmix.process.program import run_program
+from acmix.process.program import Arguments, run_program
 from benchmarks.machine import describe
 
 

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from acmix.errors import UserError
-from acmix.process.arguments import Arguments
-from acmix.process.program import run_program
+from acmix.process.program import Arguments, run_program
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "RELIABILITY.md"

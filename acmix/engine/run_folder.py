@@ -11,7 +11,7 @@ from typing import Any
 
 from acmix.config import Config
 from acmix.errors import UserError
-from acmix.process.exits import REQUEUE
+from acmix.process.program import REQUEUE
 
 RUNS = Path("runs")
 SUMMARY = "summary.json"

@@ -13,8 +13,7 @@ from acmix.engine.lock import RunLock
 from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder, write_atomically
 from acmix.errors import UserError
 from acmix.process.distributed import Distributed
-from acmix.process.exits import DONE, REQUEUE
-from acmix.process.program import ReportedElsewhere
+from acmix.process.program import DONE, REQUEUE, ReportedElsewhere
 from acmix.telemetry.run_log import RunLog
 
 STATUS_NAMES = {DONE: "done", REQUEUE: "requeue"}

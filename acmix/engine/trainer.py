@@ -24,8 +24,7 @@ from acmix.engine.session import Session
 from acmix.errors import UserError
 from acmix.process.distributed import Verdict
 from acmix.process.environment import describe
-from acmix.process.exits import DONE, REQUEUE
-from acmix.process.program import ReportedElsewhere, RunFailure
+from acmix.process.program import DONE, REQUEUE, ReportedElsewhere, RunFailure
 from acmix.process.signals import StopSignals
 from acmix.telemetry.paths import path_layers
 
