@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from acmix.checkpoint.atomic import write_atomically
 from acmix.config import load_config
-from acmix.engine.run_folder import find_config, write_atomically
+from acmix.engine.run_folder import find_config
 from acmix.process.program import Arguments, run_program
 
 
