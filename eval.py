@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from acmix.process.arguments import Arguments
-from acmix.process.program import run_program
+from acmix.process.program import Arguments, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,8 +36,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate_from(options: argparse.Namespace) -> int:
     """Build the model and the validation data and evaluate; returns the exit status."""
+    from acmix.checkpoint.atomic import write_atomically
     from acmix.config import load_config
-    from acmix.engine.run_folder import find_config, write_atomically
+    from acmix.engine.run_folder import find_config
 
     path, config_path = find_config(options.checkpoint, options.config)
     config = load_config(config_path, options.overrides)

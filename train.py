@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from acmix.process.arguments import Arguments
-from acmix.process.program import rank_from_environment, run_program
+from acmix.process.program import Arguments, rank_from_environment, run_program
 from acmix.process.signals import StopSignals
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """torchrun with the run's own exit status: `python -m acmix.launch [torchrun's options] train.py [its arguments]`.
 
-torchrun itself ends with status 1 whatever its workers end with, and dies of SIGUSR1, which batch systems send. This
-passes SIGUSR1 on to the workers like SIGTERM, and ends with 0, 75 (stopped by a signal, saved, start me again), 2 or 1
-as they do. Everything else is torchrun's: options, restarts, several machines.
+torchrun itself ends with status 1 whatever its workers end with, and is killed by SIGUSR1, which batch systems send.
+This passes SIGUSR1 on to the workers like SIGTERM, and ends as they do: with 0, 75 (stopped by a signal, saved, start
+me again), 2 or 1. Everything else is torchrun's: options, restarts, several machines.
 """
 
 import os
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from acmix.process.exits import DONE, FAILED, STATUS_FOLDER
+from acmix.process.program import DONE, FAILED, STATUS_FOLDER
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _status_of_workers(folder: Path) -> int:
-    """What the workers of the last attempt agree on; 1 when they do not, or left no word."""
+    """The exit status that all workers of the last attempt left; 1 if they differ or left none."""
     found = [(int(file.name.partition("-")[0]), int(file.read_text())) for file in folder.iterdir()]
     last = max((attempt for attempt, _ in found), default=0)
     statuses = {status for attempt, status in found if attempt == last}

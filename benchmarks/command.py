@@ -11,9 +11,8 @@ import torch
 from acmix.errors import UserError
 from acmix.ops.implementations import ATTENTION_IMPLS, SHIFT_CONV_IMPLS
 from benchmarks.cases import DTYPES, Case, Setting, build_case, is_authors
-from benchmarks.machine import describe
 from benchmarks.measure import MODES, Result, measure
-from benchmarks.report import table, write_json, write_page
+from benchmarks.report import machine_row, table, write_json, write_page
 from benchmarks.roofline import measure_roofline
 from benchmarks.suite import Suite, suite_device
 from benchmarks.targets import run_targets
@@ -79,7 +78,7 @@ def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
         options.out.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {options.out}: {error.strerror}") from None
-    machine = describe(device, options.threads)
+    machine = machine_row(device)
     suite = Suite(device, options.authors, options.seconds)
     rows = run_targets(suite, lambda line: print(line, flush=True))
     write_json({"machine": machine, "targets": rows}, options.out / f"results-{device.type}.json")
@@ -89,7 +88,7 @@ def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def _run_comparison(options: argparse.Namespace, device: torch.device) -> int:
-    machine = describe(device, options.threads)
+    machine = machine_row(device)
     setting = Setting(
         device,
         options.dtype,

@@ -1,12 +1,14 @@
-"""Results as a table on a terminal, as JSON, and as the page benchmarks/RESULTS.md."""
+"""Results, and what they were measured on, as a table on a terminal, as JSON, and as the page benchmarks/RESULTS.md."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from acmix.errors import UserError
+import torch
+
+from acmix.checkpoint.atomic import write_atomically
+from acmix.process.environment import describe_machine
 from benchmarks.measure import Result
 from benchmarks.targets import TARGETS
 
@@ -56,20 +58,35 @@ def _ratio(result: Result, base: Result) -> str:
     return f"{result.seconds.over(base.seconds).median:.3f}"
 
 
+def machine_row(device: torch.device) -> dict[str, Any]:
+    """What figures were measured on, as JSON values: a figure without it is worth nothing."""
+    machine = describe_machine(device)
+    return {
+        "device": machine.gpu or machine.processor,
+        "cores": machine.cores,
+        "threads": machine.threads,
+        "load": machine.load,
+        "versions": {name: number for name, number in machine.versions.items() if number is not None},
+        "cuda": machine.cuda,
+        "revision": machine.git,
+        "date": machine.date,
+    }
+
+
 def write_json(data: dict[str, Any], path: Path) -> None:
-    """Write a file whole or not at all; raises UserError when it cannot be written."""
-    _write(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    """Replace a file as a whole; raises UserError when it cannot be written."""
+    write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_page(folder: Path) -> None:
-    """Make RESULTS.md of the `results-DEVICE.json` files in the folder; a device without one is said not measured."""
+    """Write RESULTS.md from the `results-DEVICE.json` files in the folder; a device without one is "not measured"."""
     parts = [_PREFACE]
     for device, name in _DEVICES.items():
         path = folder / f"results-{device}.json"
         data = json.loads(path.read_text()) if path.exists() else None
         parts.append(f"## {name}\n")
         parts.append(_section(data) if data else _not_measured(device))
-    _write(folder / "RESULTS.md", "\n".join(parts))
+    write_atomically(folder / "RESULTS.md", "\n".join(parts))
 
 
 def _section(data: dict[str, Any]) -> str:
@@ -118,14 +135,3 @@ def _result_line(result: dict[str, Any]) -> str:
 def _not_measured(device: str) -> str:
     rows = [f"| {target.what} | not measured here |" for target in TARGETS if target.device == device]
     return "\n".join(["| what | measured |", "|---|---|", *rows, ""])
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

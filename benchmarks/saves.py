@@ -1,9 +1,9 @@
-"""How long a background save holds up training, against how long the save takes.
+"""How long a background save holds up training, compared with how long the save takes.
 
     python -m benchmarks.saves [--model acmix_resnet26] [--device cpu] [--saves 15]
 
-A full state is saved again and again: weights, their running average, SGD's momentum. `stall` is what the training loop
-waits in save(); `save` is the time until the checkpoint is on disk. Medians; the first save is shown apart.
+A full state is saved repeatedly: weights, their running average, SGD's momentum. `stall` is how long the training loop
+waits in save(); `save` is the time until the checkpoint is on disk. Medians; the first save is shown separately.
 Exit status: 0 done, 2 bad usage.
 """
 
@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from acmix import models
-from acmix.checkpoint.store import CheckpointStore, Snapshot
-from acmix.process.arguments import Arguments
-from acmix.process.program import run_program
-from benchmarks.machine import describe
+from acmix.checkpoint.snapshot import Snapshot
+from acmix.checkpoint.store import CheckpointStore
+from acmix.process.program import Arguments, run_program
+from benchmarks.report import machine_row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str] | None) -> int:
         prog="python -m benchmarks.saves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="acmix_resnet26", metavar="NAME", help="network whose state is saved")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the state lies")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the state is")
     parser.add_argument("--saves", type=int, default=15, metavar="N", help="number of saves")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="disk to save to (default: the temporary folder)")
     options = parser.parse_args(arguments)
@@ -49,12 +49,12 @@ def run(arguments: Sequence[str] | None) -> int:
     print(f"first: stall {stalls[0] * 1e3:.1f} ms, save {saves[0] * 1e3:.0f} ms")
     stall, save = statistics.median(stalls[1:]), statistics.median(saves[1:])
     print(f"others: stall {stall * 1e3:.1f} ms, save {save * 1e3:.0f} ms: {share:.1%} of a save")
-    print(*(f"{key}: {value}" for key, value in describe(device, torch.get_num_threads()).items()), sep="\n")
+    print(*(f"{key}: {value}" for key, value in machine_row(device).items()), sep="\n")
     return 0
 
 
 def measure(network: nn.Module, folder: Path, count: int) -> tuple[list[float], list[float], int]:
-    """Seconds of each stall and of each whole save, and the bytes of a checkpoint."""
+    """Seconds of each stall and of each whole save, and the size of a checkpoint in bytes."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)

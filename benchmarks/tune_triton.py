@@ -23,7 +23,7 @@ from torch import Tensor
 from acmix.ops import reference
 from acmix.ops.local_attention.triton.launch import Problem
 from acmix.ops.local_attention.triton.tiles import Budget, Window, forced_tile, shape_tile
-from benchmarks.machine import describe
+from benchmarks.report import machine_row
 from benchmarks.roofline import measure_roofline
 
 SHAPES = ((16, 56), (32, 28), (64, 14), (128, 7))  # head width, side of the map; 4 heads
@@ -198,7 +198,7 @@ def main() -> int:
     print("tiles as height/width/slots/warps/stages")
     rows = sweep(options.batch_size, options.dtype, options.seconds)
     if options.json:
-        machine = describe(torch.device("cuda"), torch.get_num_threads())
+        machine = machine_row(torch.device("cuda"))
         options.json.write_text(json.dumps({"machine": machine, "dtype": options.dtype, "rows": rows}, indent=1) + "\n")
     return 1 if any(str(tried["result"]).startswith("wrong") for row in rows for tried in row["tried"]) else 0
 

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from acmix.data.check import Report, check_folder
 from acmix.errors import UserError
-from acmix.process.arguments import Arguments
-from acmix.process.program import BAD_USAGE, run_program
+from acmix.process.program import BAD_USAGE, Arguments, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,8 +19,7 @@ from acmix import models
 from acmix.checkpoint.atomic import sync_file, sync_folder
 from acmix.checkpoint.untrusted import load_state_dict_file
 from acmix.errors import UserError
-from acmix.process.arguments import Arguments
-from acmix.process.program import run_program
+from acmix.process.program import Arguments, run_program
 
 CLASSIFIERS = ("fc.weight", "head.weight")
 

@@ -9,20 +9,17 @@ it. Exit status: 0 every drill passed; 1 some failed (the table is left as it wa
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from acmix.checkpoint.atomic import write_atomically
 from acmix.errors import UserError
-from acmix.process.arguments import Arguments
-from acmix.process.program import run_program
+from acmix.process.environment import describe_machine
+from acmix.process.program import Arguments, run_program
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "RELIABILITY.md"
@@ -70,14 +67,14 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 def write_table(counts: Path) -> None:
-    """Replace the table in docs/RELIABILITY.md. Raises UserError where its place is not marked."""
+    """Replace the table in docs/RELIABILITY.md. Raises UserError if the lines around it are missing."""
     text = DOCUMENT.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise UserError(f"{DOCUMENT}: the lines {BEGIN} and {END} that hold the table's place are missing")
     rows = [json.loads(line) for line in counts.read_text(encoding="utf-8").splitlines()]
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{render(rows)}\n\n{describe_machine()}\n\n{END}{after}", encoding="utf-8")
+    write_atomically(DOCUMENT, f"{before}{BEGIN}\n\n{render(rows)}\n\n{provenance()}\n\n{END}{after}")
     print(f"Wrote {len({row['drill'] for row in rows})} drills to {DOCUMENT.relative_to(ROOT)}")
 
 
@@ -96,19 +93,13 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def describe_machine() -> str:
+def provenance() -> str:
     """Date, versions and processor of the machine that ran the drills."""
-    names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
-    processor = f"{len(names)} × {names[0]}" if names else platform.machine()
+    machine = describe_machine()
     return (
-        f"Run on {time.strftime('%Y-%m-%d')} with Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{platform.system()} {platform.release()}, {processor}."
+        f"Run on {machine.date.partition(' ')[0]} with Python {machine.versions['python']}, "
+        f"torch {machine.versions['torch']}, {machine.system}, {machine.cores} × {machine.processor}."
     )
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

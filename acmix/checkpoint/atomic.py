@@ -1,13 +1,13 @@
 """File operations that survive a kill or a power cut at any instant, and the crash points that prove it."""
 
-import hashlib
 import os
 import shutil
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+
+from acmix.errors import UserError
 
 CRASH_POINTS = ("before_write", "mid_write", "before_sync", "before_rename", "mid_replace", "after_rename", "pruning")
 
@@ -25,49 +25,35 @@ def crash_point(name: str, save_number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest says of one file: SHA-256 in hex and size in bytes."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, with its suffix; the file written there then replaces `path` as a whole.
 
-    sha256: str
-    size: int
-
-
-class HashingFile:
-    """A binary file, open for writing, that hashes what passes through it.
-
-    The digest is taken from memory, so it also covers the way to the disk. Large writes and hash updates release the
-    interpreter lock, which keeps a background save out of the training loop's way.
+    A reader sees the file before or the new one, never half of it, even after a power cut. If the block raises, `path`
+    stays as it was. A device or a pipe, such as /dev/stdout, cannot be replaced and is written to directly.
+    Raises UserError, naming `path` and the way out, for any OSError.
     """
+    temporary = path.parent / f".{path.stem}.{os.getpid()}{path.suffix}"
+    try:
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; make it writable or choose another place") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
-    def __init__(self, file: BinaryIO, after_write: Callable[[], None] | None = None) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._after_write = after_write
-        self.failure: OSError | None = None
-        """The first write's failure; torch.save reports a RuntimeError of its own in its place."""
 
-    def write(self, data: bytes | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        try:
-            self._file.write(view)
-        except OSError as error:
-            self.failure = self.failure or error
-            raise
-        self._size += view.nbytes
-        if self._after_write is not None:
-            self._file.flush()
-            self._after_write()
-        return view.nbytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def record(self) -> FileRecord:
-        """Digest and size of everything written so far."""
-        return FileRecord(self._hash.hexdigest(), self._size)
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file (UTF-8) as a whole; UserError as in `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sync_file(path: Path) -> None:
@@ -102,7 +88,7 @@ def link_target(link: Path) -> str | None:
 
 
 def remove_folder(folder: Path, before_removal: Callable[[], None] | None = None) -> None:
-    """Remove a folder so that no half of it is ever seen under its name: rename it away, then delete it."""
+    """Remove a folder so that it is never seen half deleted under its name: rename it away, then delete it."""
     trash = folder.with_name(f".trash-{folder.name.lstrip('.')}-{os.getpid()}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
@@ -112,7 +98,7 @@ def remove_folder(folder: Path, before_removal: Callable[[], None] | None = None
 
 
 def is_leftover_of_dead_process(name: str) -> bool:
-    """Whether a name ending in `-PID` belongs to a process that no longer runs (or had this process's number)."""
+    """Whether a name ending in `-PID` is of a process that no longer runs (or of an earlier one with our own PID)."""
     _, _, number = name.rpartition("-")
     if not number.isdecimal():
         return False

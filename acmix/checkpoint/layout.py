@@ -1,4 +1,4 @@
-"""What lies in a run's `checkpoints/` folder: names, order, and what killed saves left behind."""
+"""The names in a run's `checkpoints/` folder: checkpoints, their steps, and what killed saves left behind."""
 
 import os
 import re
@@ -19,7 +19,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step a checkpoint folder's name stands for, or None for any other name."""
+    """The step in a checkpoint folder's name; None for any other name."""
     match = _STEP.fullmatch(name)
     return int(match.group(1)) if match else None
 
@@ -27,8 +27,8 @@ def step_of(name: str) -> int | None:
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint in a `checkpoints/` folder, sound or not, in no particular order.
 
-    A save killed while it replaced a checkpoint of the same step leaves the old one under a temporary name; it counts
-    as long as nothing else stands for that step.
+    A save killed while it replaced a checkpoint of the same step leaves the old one under a temporary name; that one
+    counts as long as the step has no other.
     """
     if not folder.is_dir():
         return []
@@ -42,7 +42,10 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Undo what processes that have died left in a `checkpoints/` folder; live processes' files stay."""
+    """Remove what dead processes left in a `checkpoints/` folder, and put back a checkpoint they were replacing.
+
+    Files of live processes stay.
+    """
     if not folder.is_dir():
         return
     for name in sorted(os.listdir(folder)):

@@ -1,11 +1,12 @@
-"""The manifest of a checkpoint: its files, their sizes and SHA-256, and what is wrong with a damaged one."""
+"""The manifest of a checkpoint: size and SHA-256 of each file, noted while it is written, checked when it is read."""
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from acmix.checkpoint.atomic import FileRecord
 from acmix.errors import UserError
 
 FORMAT_VERSION = 1
@@ -32,8 +33,53 @@ class DamagedCheckpoint(UserError):
         self.kind = kind
 
 
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of one file: SHA-256 in hex and size in bytes."""
+
+    sha256: str
+    size: int
+
+
+class HashingFile:
+    """A binary file, open for writing, that hashes what passes through it.
+
+    The digest is taken from memory, so a byte that changes on the way to the disk is noticed too. Large writes and hash
+    updates release the interpreter lock, so that a background save does not hold up the training loop.
+    """
+
+    def __init__(self, file: BinaryIO, after_write: Callable[[], None] | None = None) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._after_write = after_write
+        self.failure: OSError | None = None
+        """The first write that failed; torch.save hides it behind a RuntimeError of its own."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+        self._size += view.nbytes
+        if self._after_write is not None:
+            self._file.flush()
+            self._after_write()
+        return view.nbytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def record(self) -> FileRecord:
+        """Digest and size of everything written so far."""
+        return FileRecord(self._hash.hexdigest(), self._size)
+
+
 def render_manifest(step: int, files: dict[str, FileRecord]) -> bytes:
-    """The manifest's bytes. Its own digest over the rest makes every flipped bit of it visible too."""
+    """The manifest as bytes. It ends with a digest over itself, so that a flipped bit in it is noticed too."""
     body = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -43,9 +89,9 @@ def render_manifest(step: int, files: dict[str, FileRecord]) -> bytes:
 
 
 def read_verified(folder: Path) -> dict[str, bytes]:
-    """The contents of every file of a checkpoint folder, by name, once all of them agree with the manifest.
+    """File name → contents of a checkpoint folder; raises DamagedCheckpoint unless every file agrees with the manifest.
 
-    Each file is read once and the bytes that were checked are the bytes returned. Raises DamagedCheckpoint.
+    Each file is read once: the bytes returned are the bytes that were checked.
     """
     records = read_manifest(folder)
     # All sizes first: the cheap check finds a truncated file before gigabytes of the others are read.
@@ -71,7 +117,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         records = {name: FileRecord(entry["sha256"], entry["bytes"]) for name, entry in body["files"].items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(path, "unreadable manifest", "its list of files is malformed") from error
-    # Names come from a file that may be hostile: only the known ones, so that none can climb out of the folder.
+    # The manifest may be hostile: only known names are taken, so that no path leads out of the folder.
     if not _REQUIRED <= records.keys() <= _KNOWN:
         names = ", ".join(sorted(records.keys() ^ _REQUIRED)) or "none"
         raise DamagedCheckpoint(path, "unreadable manifest", f"it lacks or adds files: {names}")

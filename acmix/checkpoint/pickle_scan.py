@@ -1,4 +1,4 @@
-"""Names the globals a pickle would import, by reading its opcodes only: nothing is imported, called or built."""
+"""Names the globals that a pickle would import. Only its opcodes are read: nothing is imported, called or built."""
 
 import io
 import pickletools
@@ -13,7 +13,7 @@ _STRING_OPCODES = frozenset(
 )
 _GET_OPCODES = frozenset({"GET", "BINGET", "LONG_BINGET"})
 _PUT_OPCODES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
-# A legacy torch file is a few pickles in a row, then raw storages; a hostile file may hold any number.
+# A legacy torch file is a few pickles in a row, then raw storages; a hostile file may hold any number of pickles.
 _MAX_PICKLES = 16
 _TORCH_TAR_PICKLES = ("sys_info", "pickle", "storages", "tensors")
 
@@ -21,8 +21,8 @@ _TORCH_TAR_PICKLES = ("sys_info", "pickle", "storages", "tensors")
 def scan_globals(path: Path) -> list[str]:
     """Every global, as `module.name`, that the pickles in a .pt/.pth/.pkl/.tar file refer to, without repeats.
 
-    Reads torch's zip format, its legacy formats (a row of pickles, a tar) and bare pickles. Returns what could be
-    read of a damaged file. Raises OSError when the file cannot be opened.
+    Reads torch's zip format, its legacy formats (several pickles in a row, a tar) and bare pickles; of a damaged file,
+    as much as can be read. Raises OSError when the file cannot be opened.
     """
     found: dict[str, None] = {}
     for stream in _pickle_streams(path):
@@ -40,7 +40,7 @@ def _pickle_streams(path: Path) -> Iterator[BinaryIO]:
                     yield io.BytesIO(archive.read(name))
         return
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
-        pass  # not a zip archive, or a broken one: look at it as the next format
+        pass  # not a zip archive, or a broken one: try the next format
     try:
         with tarfile.open(path, mode="r:") as archive_tar:
             for member in archive_tar:
@@ -49,7 +49,7 @@ def _pickle_streams(path: Path) -> Iterator[BinaryIO]:
                     yield io.BytesIO(stream.read())
         return
     except tarfile.TarError:
-        pass  # not a tar either: a row of bare pickles
+        pass  # not a tar either: bare pickles
     with path.open("rb") as file:
         yield file
 

@@ -2,11 +2,11 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -36,25 +36,54 @@ class Weights(NamedTuple):
     progress: dict[str, Any] | None
 
 
-def load_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> Snapshot:
+@dataclass(frozen=True)
+class SoundCheckpoint:
+    """A checkpoint whose files all agree with its manifest: its folder, and file name → the bytes that were checked."""
+
+    folder: Path
+    contents: dict[str, bytes]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read every file of a checkpoint folder once; raises DamagedCheckpoint naming the file and the damage."""
+        return cls(folder, read_verified(folder))
+
+    def snapshot(self) -> Snapshot:
+        """The state of the run, on the CPU. Executes nothing; raises UserError for contents that are no such state."""
+        path = self.folder / TRAINING_FILE
+        training = load_pickle_bytes(self.contents[TRAINING_FILE], path)
+        if not isinstance(training, dict):
+            raise DamagedCheckpoint(path, "unreadable content", "holds no dict")
+        return Snapshot(self._tensors(MODEL_FILE), self._ema(), training, self._progress())
+
+    def weights(self) -> Weights:
+        """The weights alone, on the CPU; raises DamagedCheckpoint for contents that are no weights."""
+        return Weights(self._tensors(MODEL_FILE), self._ema(), self._progress())
+
+    def _ema(self) -> dict[str, Tensor] | None:
+        return self._tensors(EMA_FILE) if EMA_FILE in self.contents else None
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        return _parse_weights(self.contents[name], self.folder / name)
+
+    def _progress(self) -> dict[str, Any]:
+        path = self.folder / PROGRESS_FILE
+        try:
+            progress = json.loads(self.contents[PROGRESS_FILE])
+        except (ValueError, RecursionError) as error:
+            raise DamagedCheckpoint(path, "unreadable content", "not JSON") from error
+        if not isinstance(progress, dict) or not isinstance(progress.get("step"), int):
+            raise DamagedCheckpoint(path, "unreadable content", "does not say the step")
+        return progress
+
+
+def load_checkpoint(path: Path) -> Snapshot:
     """The snapshot in a checkpoint folder (or behind `last`, `best`, or a run folder: its newest sound checkpoint).
 
-    Tensors come on `map_location`. Raises UserError: no such folder, a weights file instead of a checkpoint, or
-    DamagedCheckpoint naming the file and the kind of damage. Nothing is returned before every file is checked, and
-    nothing in the files is executed.
+    Raises UserError: no such folder, a weights file instead of a checkpoint, or DamagedCheckpoint naming the file and
+    the kind of damage. Nothing is returned before every file is checked, and nothing in the files is executed.
     """
-    folder = _checkpoint_folder(Path(path), prefer="last")
-    contents = read_verified(folder)
-    device = torch.device(map_location)
-    training = load_pickle_bytes(contents[TRAINING_FILE], folder / TRAINING_FILE)
-    if not isinstance(training, dict):
-        raise DamagedCheckpoint(folder / TRAINING_FILE, "unreadable content", "holds no dict")
-    return Snapshot(
-        model=_parse_weights(contents[MODEL_FILE], folder / MODEL_FILE, device),
-        ema=_parse_weights(contents[EMA_FILE], folder / EMA_FILE, device) if EMA_FILE in contents else None,
-        training=_to_device(training, device),
-        progress=_parse_progress(contents[PROGRESS_FILE], folder / PROGRESS_FILE),
-    )
+    return read_checkpoint(path).snapshot()
 
 
 def resolve_weights(path: Path) -> Weights:
@@ -63,35 +92,20 @@ def resolve_weights(path: Path) -> Weights:
     Raises UserError as load_checkpoint and acmix.checkpoint.untrusted.load_state_dict_file do.
     """
     path = Path(path)
-    if path.is_file():
-        if path.name in (MODEL_FILE, EMA_FILE) and (path.parent / MANIFEST_NAME).is_file():
-            data = read_checked(path, read_manifest(path.parent)[path.name])
-            return Weights(_parse_weights(data, path, torch.device("cpu")), None, None)
-        return Weights(*load_weights_file(path), None)
-    folder = _checkpoint_folder(path, prefer="best")
-    contents = read_verified(folder)
-    cpu = torch.device("cpu")
-    return Weights(
-        _parse_weights(contents[MODEL_FILE], folder / MODEL_FILE, cpu),
-        _parse_weights(contents[EMA_FILE], folder / EMA_FILE, cpu) if EMA_FILE in contents else None,
-        _parse_progress(contents[PROGRESS_FILE], folder / PROGRESS_FILE),
-    )
+    if not path.is_file():
+        return read_checkpoint(path, prefer="best").weights()
+    if path.name in (MODEL_FILE, EMA_FILE) and (path.parent / MANIFEST_NAME).is_file():
+        data = read_checked(path, read_manifest(path.parent)[path.name])
+        return Weights(_parse_weights(data, path), None, None)
+    return Weights(*load_weights_file(path), None)
 
 
-def newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint in a `checkpoints/` folder that is whole; warns on stderr of each damaged, newer one."""
-    for _, path in sorted(list_checkpoints(folder), reverse=True):
-        try:
-            read_verified(path)
-        except DamagedCheckpoint as damage:
-            print(f"warning: checkpoint left out: {damage}", file=sys.stderr, flush=True)
-        else:
-            return path
-    return None
+def read_checkpoint(path: Path, prefer: Literal["last", "best"] = "last") -> SoundCheckpoint:
+    """The checkpoint a path names; a run folder stands for its `best` where preferred, else for its newest sound one.
 
-
-def _checkpoint_folder(path: Path, prefer: str) -> Path:
-    """The checkpoint folder a path names; a run folder stands for its `best` where preferred, else its newest one."""
+    Raises UserError as load_checkpoint does.
+    """
+    path = Path(path)
     if path.is_file():
         # Reading it tells a hostile pickle apart from harmless weights given at the wrong place.
         load_weights_file(path)
@@ -104,44 +118,34 @@ def _checkpoint_folder(path: Path, prefer: str) -> Path:
         step = step_of(link_target(path) or path.name)
         replaced = dict(list_checkpoints(path.parent)).get(-1 if step is None else step)
         if replaced is not None:
-            return replaced
+            return SoundCheckpoint.read(replaced)
         raise UserError(
             f"{path}: no such checkpoint; give a run folder, a folder checkpoints/step_XXXXXXXX or its `last`"
         )
-    if (path / MANIFEST_NAME).exists() or (path / MODEL_FILE).exists() or (path / TRAINING_FILE).exists():
-        return path.resolve()
+    if any((path / name).exists() for name in (MANIFEST_NAME, MODEL_FILE, TRAINING_FILE)):
+        return SoundCheckpoint.read(path.resolve())
     folder = path if path.name == CHECKPOINTS else path / CHECKPOINTS
     if prefer == "best" and (folder / "best").is_dir():
-        return (folder / "best").resolve()
+        return SoundCheckpoint.read((folder / "best").resolve())
     newest = newest_sound(folder)
     if newest is None:
         raise UserError(f"{path}: holds no complete checkpoint")
     return newest
 
 
-def _parse_weights(data: bytes, path: Path, device: torch.device) -> dict[str, Tensor]:
+def newest_sound(folder: Path) -> SoundCheckpoint | None:
+    """The newest checkpoint in a `checkpoints/` folder that is whole; warns on stderr of each damaged, newer one."""
+    for _, path in sorted(list_checkpoints(folder), reverse=True):
+        try:
+            return SoundCheckpoint.read(path)
+        except DamagedCheckpoint as damage:
+            print(f"warning: checkpoint left out: {damage}", file=sys.stderr, flush=True)
+    return None
+
+
+def _parse_weights(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
-        weights = safetensors.torch.load(data)
+        weights: dict[str, Tensor] = safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise DamagedCheckpoint(path, "unreadable content", f"not a safetensors file ({error})") from error
-    return {name: tensor.to(device) for name, tensor in weights.items()}
-
-
-def _parse_progress(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        progress = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(path, "unreadable content", "not JSON") from error
-    if not isinstance(progress, dict) or not isinstance(progress.get("step"), int):
-        raise DamagedCheckpoint(path, "unreadable content", "does not say the step")
-    return progress
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_device(item, device) for item in value)
-    return value
+    return weights

@@ -28,19 +28,19 @@ class Snapshot:
         return int(self.progress["step"])
 
 
-# Where a value stands: the place around it and its key. A name is made of it only when something has to be refused.
 Place = tuple[Any, object]
+"""Path of a nested value as (parent, key); made into a name only when the value is refused."""
 
 
 class SnapshotBuffers:
-    """Host copies of a snapshot's tensors, kept from one save to the next: a copy then costs one memcpy per tensor.
+    """Host copies of a snapshot's tensors, reused from one save to the next: a copy then costs one memcpy per tensor.
 
     Buffers for CUDA tensors are pinned, so that all copies run asynchronously before one synchronisation. They hold
-    one state's worth of host memory for as long as this object lives.
+    host memory for one full state as long as this object lives.
     """
 
     def __init__(self) -> None:
-        self._buffers: list[Tensor] = []  # in the order in which a snapshot's tensors are met
+        self._buffers: list[Tensor] = []  # in the order of the snapshot's tensors
 
     @torch.no_grad()
     def copy(self, snapshot: Snapshot) -> Snapshot:
@@ -63,9 +63,9 @@ class SnapshotBuffers:
         return copied
 
     def reserve(self, snapshot: Snapshot) -> Callable[[], None]:
-        """Work that gets the buffers for such a snapshot; it reads no values, so it may run beside the training loop.
+        """A function that allocates buffers for snapshots like this one; it reads no values, so it may run in a thread.
 
-        Fresh memory is slow on its first touch (measured: twenty times the later copies), so it is touched there.
+        Memory is slow on its first touch (measured: twenty times the later copies), so the function touches it.
         """
         tensors = list(_tensors((snapshot.model, snapshot.ema, snapshot.training)))
 
@@ -76,7 +76,7 @@ class SnapshotBuffers:
         return work
 
     def _replace(self, value: Any, sources: list[Tensor], place: Place) -> Any:
-        """The same nest with buffers in place of tensors, which are appended to `sources`."""
+        """The same nested value with buffers for tensors; the tensors themselves are appended to `sources`."""
         if isinstance(value, Tensor):
             sources.append(value)
             return self._buffer(len(sources) - 1, value)
@@ -100,7 +100,7 @@ class SnapshotBuffers:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A memcpy gains little from threads, and waits long for them where loader processes keep the cores busy."""
+    """Copy in this thread alone: a memcpy gains little from more, and waits for them while loaders keep cores busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -110,7 +110,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def state_bytes(value: Any) -> int:
-    """Bytes of all tensors in a nest of dicts, lists and tuples."""
+    """Bytes of all tensors in nested dicts, lists and tuples."""
     return sum(tensor.nbytes for tensor in _tensors(value))
 
 
@@ -118,7 +118,7 @@ _EXACT = frozenset({bool, int, float, str, torch.dtype, type(None)})
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of dicts, lists and tuples, in order."""
+    """Every tensor in nested dicts, lists and tuples, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -127,7 +127,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _plain(value: Any, place: Place) -> Any:
-    """The value as a built-in type: numpy's float64 is a float too, but weights-only loading refuses its pickle."""
+    """The value as a built-in type: a numpy.float64 is a float, but weights-only loading refuses its pickle."""
     if type(value) in _EXACT:
         return value
     for kind in (int, float, str):
@@ -139,5 +139,5 @@ def _plain(value: Any, place: Place) -> Any:
 
 
 def _name(place: Place) -> str:
-    outer, key = place
-    return f"{_name(outer)}.{key}" if outer else str(key)
+    parent, key = place
+    return f"{_name(parent)}.{key}" if parent else str(key)

@@ -18,8 +18,6 @@ from typing import BinaryIO, Literal, cast
 import torch
 
 from acmix.checkpoint.atomic import (
-    FileRecord,
-    HashingFile,
     crash_point,
     link_target,
     remove_folder,
@@ -30,23 +28,18 @@ from acmix.checkpoint.atomic import (
 from acmix.checkpoint.layout import CHECKPOINTS, clean_leftovers, list_checkpoints, step_name, step_of
 from acmix.checkpoint.manifest import (
     EMA_FILE,
-    FORMAT_VERSION,
     MANIFEST_NAME,
     MODEL_FILE,
     PROGRESS_FILE,
     TRAINING_FILE,
-    DamagedCheckpoint,
+    FileRecord,
+    HashingFile,
     render_manifest,
 )
-from acmix.checkpoint.read import Weights, load_checkpoint, newest_sound, resolve_weights
+from acmix.checkpoint.read import SoundCheckpoint, newest_sound
 from acmix.checkpoint.safetensors_writer import write_safetensors
 from acmix.checkpoint.snapshot import Snapshot, SnapshotBuffers, state_bytes
 from acmix.errors import UserError
-
-__all__ = [
-    "FORMAT_VERSION", "CheckpointStore", "DamagedCheckpoint", "SaveError", "Snapshot", "Weights", "load_checkpoint",
-    "resolve_weights",
-]  # fmt: skip
 
 _WAYS_OUT = {
     errno.ENOSPC: "free some space or lower run.keep",
@@ -83,9 +76,9 @@ class CheckpointStore:
             clean_leftovers(self.folder)
 
     def reserve(self, snapshot: Snapshot) -> None:
-        """Get the host memory for copies of such a snapshot now, in the background; the first save then costs no more.
+        """Allocate host memory for copies of snapshots like this one, in the background, to make the first save fast.
 
-        To be called once, when the optimizer has its state (after the first update). Does nothing if background is off.
+        Call it once, when the optimizer has its state (after the first update). Does nothing if background is off.
         """
         if self.background:
             self.wait()
@@ -94,8 +87,8 @@ class CheckpointStore:
     def save(self, snapshot: Snapshot, *, best: bool) -> None:
         """Save a snapshot as `step_XXXXXXXX`, point `last` (and `best`) at it, and prune.
 
-        Tensors are copied before this returns; training may change them at once. Waits for a save still under way.
-        Raises SaveError as told by on_error, TypeError for a state that could not be loaded again.
+        Tensors are copied before this returns, so training may change them at once. Waits for a save still under way.
+        Raises SaveError as on_error says, TypeError for a state that could not be loaded again.
         """
         self.wait()
         self._saves += 1
@@ -113,23 +106,28 @@ class CheckpointStore:
             self.poll()
 
     def wait(self) -> None:
-        """Return once the save under way is on disk; raises SaveError as told by on_error."""
+        """Return once the save under way is on disk; raises SaveError as on_error says."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.poll()
 
     def poll(self) -> None:
-        """Raise what a finished save left to raise; costs nothing and does not wait, so it can be asked every step."""
+        """Raise the error of a save that has failed; does not wait, so it is cheap enough for every step."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def newest(self) -> Path | None:
+        """The folder of the checkpoint that read_newest returns; warnings and errors are the same."""
+        newest = self.read_newest()
+        return None if newest is None else newest.folder
+
+    def read_newest(self) -> SoundCheckpoint | None:
         """The newest checkpoint whose files all agree with its manifest; warns on stderr of each newer, damaged one.
 
         None where there is no checkpoint at all. Raises UserError where there are some and none is sound: a run must
-        not begin again as if there had been nothing.
+        not silently begin again.
         """
         newest = newest_sound(self.folder)
         if newest is None and list_checkpoints(self.folder):
@@ -140,10 +138,10 @@ class CheckpointStore:
         return newest
 
     def rewind(self, step: int) -> None:
-        """Set checkpoints later than `step` aside in `checkpoints/abandoned/`: the run goes on from `step`.
+        """Move checkpoints later than `step` to `checkpoints/abandoned/`: the run goes on from `step`.
 
-        Nothing is deleted; `newest`, `last` and pruning no longer see them. To be called when a run resumes, so that a
-        kill before its next save does not bring the abandoned course back.
+        Nothing is deleted; `newest`, `last` and pruning no longer see them. Call it when a run resumes: if it is killed
+        before its next save, the next resume must not pick up the abandoned checkpoints.
         """
         with _as_user_error(self.folder):
             self._rewind(step)
@@ -160,13 +158,13 @@ class CheckpointStore:
             for name in ("last", "best"):
                 if link_target(self.folder / name) == step_name(number):
                     (self.folder / name).unlink()
-        # Also after a kill between a save's rename and its link: `last` must not stay behind what the run goes on from.
+        # A kill between a save's rename and its link leaves `last` one checkpoint behind; here it catches up.
         if (self.folder / step_name(step)).is_dir() and link_target(self.folder / "last") != step_name(step):
             replace_link(self.folder / "last", step_name(step))
             sync_folder(self.folder)
 
     def _start(self, work: Callable[[], None]) -> None:
-        # Not a daemon: the interpreter waits for it at exit, so a save that was begun is finished.
+        # Not a daemon thread: the interpreter waits for it at exit, so a save that has begun is finished.
         self._thread = threading.Thread(target=work, name="checkpoint-save")
         self._thread.start()
 
@@ -234,12 +232,12 @@ class CheckpointStore:
         (folder / MANIFEST_NAME).write_bytes(render_manifest(snapshot.step, records))
 
     def _put_in_place(self, temporary: Path, final: Path, number: int) -> None:
-        """Rename the complete folder to its name; one that is there already (the same step, saved again) gives way."""
+        """Rename the complete folder to its final name, replacing an earlier save of the same step."""
         if not final.exists():
             os.rename(temporary, final)
             sync_folder(self.folder)
             return
-        # A folder cannot be renamed over another. The old one keeps counting as this step until the new one is there.
+        # A folder cannot be renamed over another. Until the new one is there, the old one counts as this step.
         old = self.folder / f".old-{final.name}-{os.getpid()}"
         os.rename(final, old)
         try:

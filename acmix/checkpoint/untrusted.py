@@ -1,4 +1,4 @@
-"""Weights from files that may be hostile: safetensors, or pickles under torch's weights-only rules; no code runs."""
+"""Weights from files that may be hostile: safetensors, or pickles under torch's weights-only rules. No code runs."""
 
 import pickle
 import struct
@@ -20,12 +20,12 @@ from acmix.errors import UserError
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl", ".tar", ".ckpt")
 
-# Training code likes to store its options beside the weights. These two plain containers are read as OrderedDict:
-# the name in the file is only an alias of a type the weights-only unpickler builds anyway, so it adds no new callable.
+# Training code often stores its options beside the weights, in one of these two containers. Both are read as
+# OrderedDict, which the weights-only unpickler builds anyway, so the file gains no new callable.
 _ALIASES = [(OrderedDict, "yacs.config.CfgNode"), (OrderedDict, "argparse.Namespace")]
 _ALIAS_NAMES = frozenset(name for _, name in _ALIASES)
 
-# Everything the weights-only unpickler and the archive readers are known to raise on damaged or hostile bytes.
+# All that the weights-only unpickler and the archive readers are known to raise on damaged or hostile bytes.
 _LOAD_ERRORS = (
     pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError, ValueError,
     AssertionError, ImportError, MemoryError, OverflowError, RecursionError, OSError, struct.error,
@@ -36,10 +36,10 @@ _LOAD_ERRORS = (
 def load_state_dict_file(path: Path) -> dict[str, Tensor]:
     """The weights in one file: parameter name → CPU tensor.
 
-    Takes `.safetensors` and the pickle formats of torch (`.pth`, `.pt`, `.bin`, `.pkl`, `.tar`, `.ckpt`). The weights
-    may lie at the top level or under `model`, `state_dict` or `module`; prefixes left by DistributedDataParallel and
-    torch.compile are dropped. Raises UserError: no such file, unknown kind, damaged, holding no weights, or a pickle
-    that asks for a global outside the weights-only list (named; nothing of it is executed).
+    Reads `.safetensors` and the pickle formats of torch (`.pth`, `.pt`, `.bin`, `.pkl`, `.tar`, `.ckpt`). The weights
+    may be at the top level or under `model`, `state_dict` or `module`; prefixes left by DistributedDataParallel and
+    torch.compile are dropped. Raises UserError if the file is missing, damaged, of unknown kind or without weights, or
+    if its pickle asks for a global outside the weights-only list (the message names it; nothing is executed).
     """
     return load_weights_file(path)[0]
 
@@ -69,7 +69,7 @@ def load_pickle_file(path: Path) -> Any:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
             _check_archive(path)
-        # Mapping the file spares one copy; the archive check has seen that every record is stored as is.
+        # Mapping the file saves a copy; the archive check has made sure that no record is compressed.
         content = _weights_only(path, mmap=is_zip)
     except _LOAD_ERRORS as error:
         raise _refusal(path, error) from error
@@ -86,7 +86,7 @@ def load_pickle_bytes(data: bytes, path: Path) -> Any:
 
 def _weights_only(source: Path | BytesIO, mmap: bool | None) -> Any:
     with torch.serialization.safe_globals(_ALIASES), warnings.catch_warnings():  # type: ignore[arg-type]
-        # A refusal is one clear error; torch's remarks on the file's kind would only stand in its way.
+        # A refusal is one clear error; torch's own warnings about the kind of file would only hide it.
         warnings.simplefilter("ignore")
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
 
@@ -105,7 +105,7 @@ def _check_archive(path: Path) -> None:
         if compressed:
             raise ValueError(f"compressed records, as {compressed[0]}; save it again with torch.save")
         for item in archive.infolist():
-            # torch can be told to write no check sums; such records have 0 there. Reading to the end checks the rest.
+            # torch can be told to write no check sums: then they are 0. Reading a record to its end checks it.
             if item.CRC != 0:
                 with archive.open(item) as record:
                     while record.read(1 << 20):
@@ -113,7 +113,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _refusal(path: Path, error: BaseException) -> UserError:
-    """The UserError for a failed load: names the globals that were refused, or says that the file is damaged."""
+    """The UserError for a failed load: it names the globals that were refused, or says that the file is damaged."""
     try:
         found = scan_globals(path)
     except OSError as cause:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from acmix.checkpoint.store import resolve_weights
+from acmix.checkpoint.read import resolve_weights
 from acmix.errors import UserError
 
 Translate = Callable[[nn.Module, Mapping[str, Any]], None]
@@ -15,7 +15,7 @@ Kind = Literal["auto", "ema", "raw"]
 
 
 class Picked(NamedTuple):
-    """Weights, parameter name → tensor, and the classes they were trained on (None: the file does not say)."""
+    """Weights (parameter name → tensor) and the classes they were trained on (None: the file does not say)."""
 
     weights: dict[str, Tensor]
     classes: list[str] | None
@@ -34,9 +34,9 @@ def pick_weights(path: str | Path, kind: Kind = "auto") -> Picked:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, translate: Translate) -> None:
-    """Load weights strictly; names of the authors' release go through `translate` (models.load_official).
+    """Load weights strictly; those of the authors' release go through `translate` (models.load_official).
 
-    Raises UserError that lists what is missing, unexpected or of another shape.
+    Raises UserError listing what is missing, unexpected or of another shape.
     """
     try:
         if any(name.endswith(".rate1") for name in weights):
@@ -48,9 +48,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, tran
 
 
 def start_from(model: nn.Module, source: str, translate: Translate) -> None:
-    """Initial weights (`model.checkpoint`): as load_weights, but a classifier for other classes starts new.
+    """Initial weights (`model.checkpoint`): as load_weights, but a classifier for other classes is not loaded.
 
-    Says so on stderr when the classifier is left out.
+    A warning on stderr then says so.
     """
     weights = pick_weights(source).weights
     own = model.state_dict()

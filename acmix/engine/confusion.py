@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acmix.checkpoint.atomic import replacing, write_atomically
 from acmix.errors import UserError
 from acmix.process.distributed import Distributed
 
@@ -45,7 +46,7 @@ def class_report(matrix: np.ndarray, classes: list[str]) -> dict[str, Any]:
 
 
 def write_report(folder: Path, matrix: np.ndarray, classes: list[str]) -> None:
-    """Write `classes.json`, `classes.csv`, `confusion.csv` and `confusion.png`. UserError when the folder cannot be."""
+    """Write `classes.json`, `classes.csv`, `confusion.csv` and `confusion.png`; UserError if one cannot be written."""
     report = class_report(matrix, classes)
     rows = ["class,precision,recall,f1,images"]
     for name in classes:
@@ -54,12 +55,14 @@ def write_report(folder: Path, matrix: np.ndarray, classes: list[str]) -> None:
         rows.append(f"{_quoted(name)},{values}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "classes.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (folder / "classes.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        np.savetxt(folder / "confusion.csv", matrix, fmt="%d", delimiter=",")
-        _draw(folder / "confusion.png", matrix, classes)
     except OSError as error:
         raise UserError(f"--report {folder}: cannot be written: {error.strerror}") from None
+    write_atomically(folder / "classes.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(folder / "classes.csv", "\n".join(rows) + "\n")
+    with replacing(folder / "confusion.csv") as temporary:
+        np.savetxt(temporary, matrix, fmt="%d", delimiter=",")
+    with replacing(folder / "confusion.png") as temporary:
+        _draw(temporary, matrix, classes)
 
 
 def _quoted(name: str) -> str:
@@ -67,7 +70,7 @@ def _quoted(name: str) -> str:
 
 
 def _draw(path: Path, matrix: np.ndarray, classes: list[str]) -> None:
-    """The confusion matrix with rows in percent of the true class; numbers in the cells while they can be read."""
+    """The confusion matrix with rows in percent of the true class; numbers in the cells where they can be read."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 

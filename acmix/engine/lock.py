@@ -1,4 +1,4 @@
-"""One live run per folder: a lock the kernel drops when its process dies, however it dies."""
+"""One live run per folder: a lock that the kernel releases when its process dies, however it dies."""
 
 import fcntl
 import json
@@ -18,11 +18,11 @@ _held_here: set[Path] = set()
 class RunLock:
     """Context manager that holds `run_dir/.lock` for this process.
 
-    The lock is a POSIX record lock: the kernel releases it when the process ends, so a crash or a SIGKILL leaves
-    nothing stuck, and forked loader workers do not inherit it. The file itself stays (removing it would race with the
-    next run); what it says about the holder is only read while the lock is held.
+    The lock is a POSIX record lock: the kernel releases it when the process ends, so no crash or SIGKILL leaves it
+    held, and forked loader workers do not inherit it. The file itself stays, as removing it would race with the next
+    run; what it says about the holder is read only while the lock is held.
 
-    Raises UserError when another live run holds the folder (naming its process and host) and when the folder cannot
+    Raises UserError when another live run holds the folder (naming its process and host), or when the folder cannot
     be written.
     """
 
@@ -33,7 +33,7 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock or raise UserError; does not wait."""
         if self.path in _held_here:
-            # Record locks never conflict inside one process, so this case has to be refused by hand.
+            # Record locks never conflict within one process, so this case is checked here.
             raise UserError(self._refusal(f"this process ({os.getpid()})"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class RunLock:
         os.pwrite(descriptor, json.dumps(note).encode(), 0)
 
     def release(self) -> None:
-        """Give the lock back; harmless when it is not held."""
+        """Release the lock; does nothing when it is not held."""
         if self._descriptor is None:
             return
         os.ftruncate(self._descriptor, 0)

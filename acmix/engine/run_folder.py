@@ -1,17 +1,16 @@
-"""Which folder a run writes to and what an earlier attempt left there. Light on purpose (no torch)."""
+"""Which folder a run writes to, and what an earlier attempt left there. Light on purpose (no torch)."""
 
 import json
 import os
 import socket
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from acmix.config import Config
 from acmix.errors import UserError
-from acmix.process.exits import REQUEUE
+from acmix.process.program import REQUEUE
 
 RUNS = Path("runs")
 SUMMARY = "summary.json"
@@ -22,10 +21,10 @@ _TRACES = (CONFIG, "metrics.jsonl", "checkpoints", SUMMARY)
 
 @dataclass(frozen=True)
 class RunChoice:
-    """Where a run goes on or begins.
+    """Where a run begins, or what it continues.
 
     folder: the run folder; None for a new one named after the time. checkpoint: the run or checkpoint to continue from;
-    None to begin. or_begin: begin where the run to continue has no checkpoint yet. status, message: set when there is
+    None to begin. or_begin: begin if the run to continue has no checkpoint yet. status, message: set when there is
     nothing to do.
     """
 
@@ -58,32 +57,17 @@ def choose_run(config: Config, resume: str) -> RunChoice:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder shows traces of a run (a lock file alone is none)."""
+    """Whether a folder holds a file of a run (a lock file alone does not count)."""
     return any((folder / name).exists() for name in _TRACES)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """A run's `summary.json`; empty when there is none that can be read."""
+    """A run's `summary.json`; empty when it is missing or cannot be read."""
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return summary if isinstance(summary, dict) else {}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file as a whole. UserError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; make it writable or choose another place") from None
 
 
 def new_folder(name: str) -> Path:
@@ -120,7 +104,7 @@ def find_config(checkpoint: str, config: str | None) -> tuple[Path, Path]:
 
 
 def launcher_id() -> str | None:
-    """What names the torchrun that started this process, the same in every restart of its workers; None without one."""
+    """Name of the torchrun that started this process, the same for every restart of its workers; None without one."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
         return None
@@ -128,7 +112,7 @@ def launcher_id() -> str | None:
 
 
 def _run_of_this_launcher(config: Config, folder: Path | None) -> Path | None:
-    """The run that this torchrun's earlier workers began, when this is one of its restarts."""
+    """The run that earlier workers of this torchrun began, if this is one of its restarts."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     candidates = [folder] if folder is not None else _runs_named(config)

@@ -6,24 +6,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from acmix.checkpoint.layout import CHECKPOINTS, list_checkpoints
-from acmix.checkpoint.store import CheckpointStore, Snapshot, load_checkpoint
+from acmix.checkpoint.atomic import write_atomically
+from acmix.checkpoint.read import SoundCheckpoint, load_checkpoint, read_checkpoint
+from acmix.checkpoint.snapshot import Snapshot
+from acmix.checkpoint.store import CheckpointStore
 from acmix.config import Config
 from acmix.engine.lock import RunLock
-from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder, write_atomically
+from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder
 from acmix.errors import UserError
 from acmix.process.distributed import Distributed
-from acmix.process.exits import DONE, REQUEUE
-from acmix.process.program import ReportedElsewhere
+from acmix.process.program import DONE, REQUEUE, ReportedElsewhere
 from acmix.telemetry.run_log import RunLog
 
 STATUS_NAMES = {DONE: "done", REQUEUE: "requeue"}
 
 
 class Session:
-    """Opens a run folder once nothing else can be wrong, and says in `summary.json` how the attempt ended.
+    """Creates the run folder only after model, data and checkpoint were built; leaves `summary.json` in it.
 
-    Rank 0 alone touches the disk; the others follow its choices. A context manager.
+    The summary says how the attempt ended. Rank 0 alone writes to the disk, the others follow it. A context manager.
     """
 
     def __init__(self, choice: RunChoice, config: Config, dist: Distributed) -> None:
@@ -38,29 +39,29 @@ class Session:
 
     @property
     def log(self) -> RunLog:
-        """The run's log, silent on other ranks than 0; there once `open` was called."""
+        """The run's log, which writes on rank 0 only; available after `open`."""
         assert self._log is not None
         return self._log
 
     @property
     def store(self) -> CheckpointStore:
-        """The run's checkpoints; on rank 0 alone, once `open` was called."""
+        """The run's checkpoints; on rank 0 only, available after `open`."""
         assert self._store is not None
         return self._store
 
     def load(self) -> Snapshot | None:
-        """Lock the run to continue and read its newest sound checkpoint; None when the run begins.
+        """Lock the run to continue and read its checkpoint, once per rank; None for a run that begins.
 
         Raises UserError when another process runs in the folder, or the checkpoint asked for cannot be read.
         """
-        path = self.dist.on_main(self._find_checkpoint)
-        path = self.dist.from_main(None if path is None else str(path))
-        if path is None:
+        found = self.dist.on_main(self._find_checkpoint)
+        folder = self.dist.from_main(None if found is None else str(found.folder))
+        if folder is None:
             return None
-        return self.dist.all_or_none(lambda: load_checkpoint(Path(path)))
+        return self.dist.all_or_none(lambda: load_checkpoint(Path(folder)) if found is None else found.snapshot())
 
     def open(self, classes: list[str], step: int) -> None:
-        """Create the folder (or go on in it from `step`), with config, classes, log and checkpoint store."""
+        """Create the folder, or go on in it from `step`: config, classes, log and checkpoint store."""
         self.folder = Path(self.dist.from_main(self.dist.on_main(lambda: str(self._create(classes, step)))))
         self._log = RunLog(self.folder, enabled=self.dist.is_main, resume_step=step)
         self._open = True
@@ -72,7 +73,7 @@ class Session:
         self.summarise(name, **outcome)
 
     def summarise(self, status: str, **values: Any) -> None:
-        """Write `summary.json`: status (running, done, requeue or failed) and what else there is to say."""
+        """Write `summary.json`: status (running, done, requeue or failed) and `values`."""
         if self.dist.is_main and self.folder is not None:
             summary = {"status": status, "launcher": launcher_id(), **values}
             write_atomically(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -89,21 +90,16 @@ class Session:
             if error is not None and self._open and not isinstance(error, ReportedElsewhere):
                 self.summarise("failed", error=str(error) or type(error).__name__)
             if self._store is not None:
-                self._store.wait()  # a save that was begun is worth finishing, whatever else went wrong
+                self._store.wait()  # finish a save that has begun, whatever else went wrong
 
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to continue from; with `or_begin` a run that has none yet begins again in its folder."""
-        if self.choice.checkpoint is None:
-            return None
-        if self.choice.folder is not None and self.choice.folder.is_dir():  # a new one only once nothing is wrong
-            self._lock(self.choice.folder)
+    def _find_checkpoint(self) -> SoundCheckpoint | None:
+        """The checkpoint to continue from; None for a run that begins, with `or_begin` also where there is none yet."""
         path = self.choice.checkpoint
-        if not self.choice.or_begin:
-            return path
-        newest = self._open_store(path).newest()
-        if newest is None and list_checkpoints(path / CHECKPOINTS):
-            raise UserError(f"{path}: every checkpoint is damaged; begin a new run with another run.dir")
-        return newest
+        if path is None:
+            return None
+        if self.choice.folder is not None and self.choice.folder.is_dir():  # a new folder is created later, in `open`
+            self._lock(self.choice.folder)
+        return self._open_store(path).read_newest() if self.choice.or_begin else read_checkpoint(path)
 
     def _create(self, classes: list[str], step: int) -> Path:
         folder = self.choice.folder or new_folder(str(self.config.run.name))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acmix.checkpoint.store import Snapshot
+from acmix.checkpoint.snapshot import Snapshot
 from acmix.config import Config
 from acmix.data.loader import Batch, Data, SkippedImages
 from acmix.data.workers import explain_worker_death
@@ -23,9 +23,8 @@ from acmix.engine.progress import Progress, brief, refuse_other_run, run_fingerp
 from acmix.engine.session import Session
 from acmix.errors import UserError
 from acmix.process.distributed import Verdict
-from acmix.process.environment import describe
-from acmix.process.exits import DONE, REQUEUE
-from acmix.process.program import ReportedElsewhere, RunFailure
+from acmix.process.environment import describe_run
+from acmix.process.program import DONE, REQUEUE, ReportedElsewhere, RunFailure
 from acmix.process.signals import StopSignals
 from acmix.telemetry.paths import path_layers
 
@@ -205,7 +204,7 @@ class Trainer:
                 "config": self.config.model_dump(mode="json"),
                 "parameters": self.learner.parameters,
                 "steps": self.total_updates,
-                **describe(self.dist.device, self.dist.world_size),
+                **describe_run(self.dist.device, self.dist.world_size),
             }
         )
         self._log_paths(echo=True)

@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, how they agree, and how they fail together."""
+"""The ranks of a run: how they meet, exchange small messages, agree, and fail together."""
 
 import json
 import os
@@ -38,10 +38,10 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Distributed:
-    """One process among `world_size`; a context manager that leaves the group, or reports a failure once for all.
+    """One process among `world_size`; a context manager that leaves the group, and has a failure reported only once.
 
-    Small messages (stop requests, sums of an evaluation, errors) travel over gloo on the CPU even where gradients
-    travel over nccl, so they wait for no GPU kernel and hold no GPU memory.
+    Small messages (stop requests, sums of an evaluation, errors) travel over gloo on the CPU even if gradients travel
+    over nccl, so they never wait for a GPU kernel and take no GPU memory.
     """
 
     rank: int
@@ -53,7 +53,7 @@ class Distributed:
 
     @classmethod
     def start(cls, run: RunConfig) -> Self:
-        """Join the group torchrun describes in the environment, or be the only process.
+        """Join the group that torchrun describes in the environment; without torchrun, be the only process.
 
         Raises UserError when `run.device` is cuda and there is no CUDA, or fewer GPUs than processes on this machine.
         """
@@ -64,7 +64,7 @@ class Distributed:
         watchdog = Watchdog(rank, world_size, run.timeout)
         if "RANK" not in os.environ:
             return cls(rank, world_size, local_rank, device, watchdog)
-        # The watchdog reports a hang by rank and step; the group's own timeout is the net below it.
+        # The watchdog reports a hang with rank and step; the group's own timeout is the fallback.
         timeout = timedelta(seconds=run.timeout + 60)
         store, token = _meet(rank, world_size, timeout)
         group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
@@ -109,7 +109,7 @@ class Distributed:
     def agree(
         self, *, loss: float = 0.0, bad: bool = False, unread: int = 0, stop: bool = False, give_up: bool = False
     ) -> Verdict:
-        """One small collective that turns what each rank says into what all of them act on."""
+        """One small collective after which all ranks know, and act on, what any of them reported."""
         if self.control is None:
             return Verdict(loss, int(bad), unread, stop, give_up)
         sums = torch.tensor([loss, bad, unread, stop, give_up], dtype=torch.float64)
@@ -117,7 +117,7 @@ class Distributed:
         return Verdict(loss / self.world_size, int(bad_ranks), int(unread_images), stops > 0, gives_up > 0)
 
     def all_or_none(self, work: Callable[[], Result]) -> Result:
-        """Do something on every rank that may go wrong on some: then all end, and the first such rank says why."""
+        """Run `work` on every rank; if any raises UserError, all stop and the lowest failing rank reports it."""
         result: Result | None = None
         problem: UserError | None = None
         try:
@@ -133,7 +133,7 @@ class Distributed:
         return result  # type: ignore[return-value]  # None only where Result allows it
 
     def on_main(self, work: Callable[[], Result]) -> Result | None:
-        """Do something on rank 0 alone; the others get None once it is done, or end quietly when it fails."""
+        """Run `work` on rank 0 only; the others get None when it is done, or stop without a message if it fails."""
         return self.all_or_none(lambda: work() if self.is_main else None)
 
     def share_buffers(self, module: nn.Module) -> None:
@@ -174,11 +174,11 @@ class Distributed:
 
 
 def _meet(rank: int, world_size: int, timeout: timedelta) -> tuple[torch_distributed.Store, str]:
-    """A store that the processes of this attempt share with no other, and the token that names it.
+    """A store for the processes of this attempt alone, and the token that names it.
 
-    torchrun's store outlives its workers: a restarted worker would find the addresses of processes that are dead.
-    Counting restarts does not help, machines count differently. So each rank says hello under a name of its own, and
-    rank 0 answers every name it sees with this attempt's token until all ranks have taken it.
+    torchrun's store outlives its workers: a restarted worker would find the addresses of dead processes. The number of
+    restarts cannot tell attempts apart, as machines count them differently. So each rank registers under a fresh name,
+    and rank 0 answers every name it sees with this attempt's token until all ranks have received it.
     """
     store, _, _ = next(torch_distributed.rendezvous("env://", rank, world_size, timeout=timeout))
     name = uuid.uuid4().hex

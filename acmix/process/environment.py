@@ -1,8 +1,10 @@
-"""Sets torch up for a run, and describes the machine and the versions a run was made with."""
+"""Sets torch up for a run, and describes the machine and the versions it runs with."""
 
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ import torch
 
 from acmix.config import RunConfig
 
-_PACKAGES = ("acmix", "torch", "torchvision", "timm", "numpy")
+_CPU = torch.device("cpu")
+_PACKAGES = ("acmix", "torch", "torchvision", "timm", "numpy", "triton")
 
 
 def set_up_torch(run: RunConfig, device: torch.device) -> None:
-    """Threads, float32 matrix products and determinism.
+    """Set threads, the precision of float32 matrix products, determinism and the seed.
 
-    On CUDA, float32 products may use TensorFloat-32 and cuDNN picks the fastest kernels by trial, unless
-    `run.deterministic`. The seed covers the model's initial weights, the same on every rank.
+    On CUDA, float32 products may use TensorFloat-32, and cuDNN picks the fastest kernels by trial unless
+    `run.deterministic`. Every rank gets the same seed, and so the same initial weights.
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -31,16 +34,69 @@ def set_up_torch(run: RunConfig, device: torch.device) -> None:
     torch.manual_seed(run.seed)
 
 
-def describe(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Versions, git revision, device and processes, as JSON values."""
+@dataclass(frozen=True)
+class Machine:
+    """What a run, a measurement or a drill was made on.
+
+    threads: those torch uses. load: mean number of busy processes over the last minute. gpu: name of the CUDA device in
+    use, None on a CPU. cuda: torch's CUDA version, None on a CPU. versions: of Python and packages, None for a package
+    that is not installed. git: revision of the source tree, with `+changes` when files differ from it; None outside a
+    git checkout. date: date and time in UTC.
+    """
+
+    host: str
+    system: str
+    architecture: str
+    processor: str
+    cores: int | None
+    threads: int
+    load: float
+    gpu: str | None
+    cuda: str | None
+    versions: dict[str, str | None]
+    git: str | None
+    date: str
+
+
+def describe_machine(device: torch.device = _CPU) -> Machine:
+    """Hardware, versions, git revision and date; `device` is the one in use."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return Machine(
+        host=platform.node(),
+        system=f"{platform.system()} {platform.release()}",
+        architecture=platform.machine(),
+        processor=_processor_name(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        load=round(os.getloadavg()[0], 2),
+        gpu=gpu,
+        cuda=torch.version.cuda if gpu else None,
+        versions={"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        git=_git_revision(),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def describe_run(device: torch.device, processes: int) -> dict[str, Any]:
+    """What the `start` row of a run's log says of the machine, as JSON values."""
+    machine = describe_machine(device)
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "git": _git_revision(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "processes": world_size,
-        "threads": torch.get_num_threads(),
-        "host": platform.node(),
+        "versions": machine.versions,
+        "git": machine.git,
+        "device": machine.gpu or f"cpu ({machine.architecture})",
+        "processes": processes,
+        "threads": machine.threads,
+        "host": machine.host,
     }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -51,7 +107,6 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Revision of the source tree, with `+changes` when files differ from it; None outside a git checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
         answer = subprocess.run(

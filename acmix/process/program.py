@@ -1,16 +1,37 @@
-"""How a process ends: what it prints, once for all ranks, and with which exit status. Light on purpose (no torch)."""
+"""How a program starts and ends: its arguments, its errors, its exit status. Light on purpose (no torch)."""
 
+import argparse
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from acmix.errors import UserError
-from acmix.process.exits import BAD_USAGE, FAILED, end_now, leave_status
-from acmix.process.signals import StopSignals
+
+if TYPE_CHECKING:
+    from acmix.process.signals import StopSignals
+
+DONE = 0
+FAILED = 1
+BAD_USAGE = 2
+REQUEUE = 75
+"""A signal stopped the run, its checkpoint is saved: start me again (EX_TEMPFAIL)."""
+
+STATUS_FOLDER = "ACMIX_STATUS_FOLDER"
+"""Environment variable, set by acmix.launch: the folder where each worker leaves its exit status."""
 
 _GRACE_SECONDS = 10.0
+
+
+class Arguments(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError instead of printing its usage and ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError with the mistake and how to get help."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 class RunFailure(UserError):
@@ -21,23 +42,18 @@ class RunFailure(UserError):
 
 
 class ReportedElsewhere(Exception):
-    """Ends this process without a word, because another rank reports the error."""
+    """Ends this process without a message, because another rank reports the error."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
 
 
-def rank_from_environment() -> int:
-    """Global rank that torchrun gave this process; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def run_program(work: Callable[[], int], signals: StopSignals | None = None) -> int:
+def run_program(work: Callable[[], int], signals: "StopSignals | None" = None) -> int:
     """Call `work` and return the exit status of the process; an error becomes one message on stderr.
 
     `UserError` prints `error: MESSAGE` (status 2, or the error's own `status`), any other exception its traceback
-    (status 1). Under torchrun the process does not linger in the teardown of its libraries.
+    (status 1). Under torchrun the process ends here, without the teardown of its libraries.
     """
     try:
         status = work()
@@ -46,7 +62,7 @@ def run_program(work: Callable[[], int], signals: StopSignals | None = None) -> 
     except UserError as error:
         status = getattr(error, "status", BAD_USAGE)
         if rank_from_environment() > 0 and not getattr(error, "reported_here", False):
-            _let_first_rank_speak(status, signals)
+            _let_first_rank_report(status, signals)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return _leave(status)
     except Exception:  # noqa: BLE001 - the outermost frame: print it once, end with a status that says so
@@ -55,7 +71,28 @@ def run_program(work: Callable[[], int], signals: StopSignals | None = None) -> 
     return _leave(status)
 
 
-def _let_first_rank_speak(status: int, signals: StopSignals | None) -> None:
+def rank_from_environment() -> int:
+    """Global rank that torchrun gave this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def leave_status(status: int) -> None:
+    """Write this process's exit status where acmix.launch reads it, if that started the process."""
+    folder = os.environ.get(STATUS_FOLDER)
+    if folder:
+        attempt, rank = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("LOCAL_RANK", "0")
+        Path(folder, f"{attempt}-{rank}").write_text(str(status))
+
+
+def end_now(status: int) -> NoReturn:
+    """End the process without the teardown of its libraries, which may wait for processes that are gone."""
+    leave_status(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _let_first_rank_report(status: int, signals: "StopSignals | None") -> None:
     """Errors in a config hit every rank alike: rank 0 prints, then the launcher ends the others with SIGTERM."""
     if signals is not None:
         signals.early_status = status

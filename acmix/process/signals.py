@@ -1,7 +1,7 @@
-"""Stop requests: a handler that only sets a flag, and a thread that ends a process which cannot look at it.
+"""Stop requests: a handler that only sets a flag, and a thread that ends a process which cannot read it.
 
-Nothing is saved and no other process is spoken to on a signal: the trainer reads the flag at its step boundaries, where
-all processes agree on it.
+A signal neither saves nor talks to other processes: the trainer reads the flag at its step boundaries, where all
+processes agree on it.
 """
 
 import ctypes
@@ -12,21 +12,21 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from acmix.process.exits import REQUEUE, end_now
+from acmix.process.program import REQUEUE, end_now
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 0.5
-"""A launcher passes on a signal that a terminal has sent to its processes too: that is an echo, no second request."""
+"""A terminal signals the workers as well as the launcher, which passes it on: that echo is not a second request."""
 _DEFAULT_ACTION = 0  # SIG_DFL
 
 
 class StopSignals:
     """Watches for SIGTERM, SIGUSR1, SIGINT and, under torchrun, for the launcher's death; a context manager.
 
-    Until `begin`, when all processes have met, a signal ends this one at once, with the status that asks for a requeue:
-    there is nothing to save, and nobody waits for it. From then on the first signal asks for a stop at the next step
-    boundary; a second one, later than `ECHO_SECONDS` after the first, ends the process with the signal's own default
-    action. Both work while the main thread waits inside a library, for another process or the GPU.
+    Until `begin`, called when all processes have met, a signal ends this one at once, with the status that asks for a
+    requeue: there is nothing to save and no process waits for it. After `begin` the first signal asks for a stop at the
+    next step boundary; a second one, more than `ECHO_SECONDS` later, ends the process with the signal's default action.
+    Both work while the main thread waits inside a library, for another process or the GPU.
     """
 
     def __init__(self) -> None:
@@ -51,19 +51,19 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Sealed: the program's exit status stands, and a late signal may not turn it into another.
+        # Sealed: the exit status is decided, and a late signal must not change it.
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._sealed else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)  # ends the thread, which closes its own end
 
     def begin(self) -> None:
-        """From now on a signal is answered at a step boundary."""
+        """From now on a signal asks for a stop at the next step boundary."""
         self._begun = True
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to stop, or lost the launcher that would restart or end it."""
+        """Whether this process was asked to stop, or lost its launcher, which would restart or end it."""
         return self.received is not None or self._orphaned
 
     @property
@@ -74,7 +74,7 @@ class StopSignals:
         return "the end of the launcher" if self._orphaned else "a signal to another rank"
 
     def seal(self) -> None:
-        """Ignore further signals: the work is on disk, and a launcher signals the ranks it sees outlive the first."""
+        """Ignore further signals: the work is on disk, and a launcher signals ranks that end later than the first."""
         self._sealed = True
 
     @property
@@ -86,7 +86,7 @@ class StopSignals:
             self.received = signal.Signals(number)
 
     def _watch(self) -> None:
-        """Gets each signal's number as a byte from the C part of the handler, even while the main thread is busy."""
+        """Receive each signal's number as a byte from the handler's C part, even while the main thread is busy."""
         while number := os.read(self._reader, 1):
             if number[0] in HANDLED and not self._sealed:
                 self._act(number[0])
@@ -99,6 +99,6 @@ class StopSignals:
         if not self._since:
             self._since = now
         elif now - self._since > ECHO_SECONDS:
-            # signal.signal works in the main thread only, which may be stuck; the C library does not mind.
+            # signal.signal works only in the main thread, which may be stuck; the C function works in any.
             ctypes.CDLL(None).signal(number, _DEFAULT_ACTION)
             os.kill(os.getpid(), number)

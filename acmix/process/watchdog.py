@@ -1,4 +1,4 @@
-"""Notices a process that hangs or died while others wait for it, and says which rank and at which step."""
+"""Notices a process that hangs or has died while others wait for it; says which rank, and at which step."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as torch_distributed
 
-from acmix.process.exits import FAILED, end_now
+from acmix.process.program import FAILED, end_now
 
 _BEAT_SECONDS = 1.0
 _STALE_SECONDS = 3.0
@@ -19,11 +19,11 @@ _STORE_ERRORS = (RuntimeError, OSError, ValueError)
 
 
 class Watchdog:
-    """A side thread that publishes where this rank is and reads where the others are.
+    """A background thread that publishes this rank's progress and reads that of the others.
 
-    The training loop calls `tick` as it goes. When a rank has not moved for `timeout` seconds the run is over: the
-    lowest rank that is well names those that lag (the process stopped beating, or counted fewer ticks) and ends. It
-    also ends a rank that still waits for a GPU collective some seconds after another rank reported a failure.
+    The training loop calls `tick` as it goes. When a rank makes no progress for `timeout` seconds the run is over: the
+    lowest healthy rank names those that lag (no heartbeat, or fewer ticks), and the processes end. The thread also ends
+    a rank that still waits for a GPU collective some seconds after another rank reported a failure.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float) -> None:
@@ -41,7 +41,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def start(self, token: str) -> None:
-        """Begin to watch; `token` names this attempt in the store that the ranks have met in."""
+        """Start the thread; `token` names this attempt in the store through which the ranks have met."""
         self._token = token
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         patience = timedelta(seconds=_LET_GO_SECONDS)
@@ -58,7 +58,7 @@ class Watchdog:
             self._thread.join(timeout=_LET_GO_SECONDS)
 
     def tick(self, step: int, doing: str) -> None:
-        """Note progress: the update in work (from 1) and what is being done. Every rank ticks in the same order."""
+        """Note progress: the current update (from 1) and what is being done. Every rank ticks in the same order."""
         self._ticks += 1
         self._step, self._doing, self._moved = step, doing, time.monotonic()
 
@@ -73,7 +73,7 @@ class Watchdog:
         try:
             return self._store.add(self._key("failures"), 1) == 1
         except _STORE_ERRORS:
-            return True  # the launcher is gone with its store: better said twice than never
+            return True  # the launcher is gone with its store: better reported twice than never
 
     def _key(self, name: str) -> str:
         return f"acmix/{self._token}/{name}"
@@ -107,7 +107,7 @@ class Watchdog:
         return beats
 
     def _report(self) -> None:
-        """Name the ranks that lag; only the lowest of the others speaks, the rest leave it a moment to do so."""
+        """Name the ranks that lag; the lowest healthy rank prints it, the others wait a moment before they end."""
         before = self._beats()
         time.sleep(_STALE_SECONDS)
         self._publish()
@@ -118,7 +118,7 @@ class Watchdog:
         culprits = asleep or behind or list(beats)
         well = [rank for rank in awake if rank not in culprits] or sorted(awake) or [self.rank]
         if self.rank == well[0]:
-            # Ranks cannot be a step apart: each waits for the others in every one. So the step is ours.
+            # Ranks wait for each other in every step, so all of them are at this rank's step.
             lagging = "; ".join(
                 f"rank {rank} ({'no sign of life' if rank in asleep else beats[rank][1]})" for rank in culprits
             )
@@ -128,5 +128,5 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-        time.sleep(_LET_GO_SECONDS)  # the others look at the store too, and this process may be its host
+        time.sleep(_LET_GO_SECONDS)  # the others read the store too, and this process may host it
         end_now(FAILED)

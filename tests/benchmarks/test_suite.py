@@ -3,9 +3,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe
 from benchmarks.parity import ParityError
-from benchmarks.report import write_json, write_page
+from benchmarks.report import machine_row, write_json, write_page
 from benchmarks.suite import Figure, NotMeasuredError, Suite, Target
 from benchmarks.targets import TARGETS, run_targets
 from benchmarks.timing import Samples
@@ -47,7 +46,7 @@ def test_every_row_says_what_was_measured_or_why_not(tmp_path: Path) -> None:
     assert (rows[2]["not_measured"], rows[3]["refused"]) == ("needs a clone", "x differs from the reference")
     assert len(lines) == 4
 
-    write_json({"machine": describe(CPU, 1), "targets": rows}, tmp_path / "results-cpu.json")
+    write_json({"machine": machine_row(CPU), "targets": rows}, tmp_path / "results-cpu.json")
     write_page(tmp_path)
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| the same, hoping for more (a note) |" in page

@@ -14,7 +14,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from acmix.checkpoint.store import CheckpointStore, SaveError, Snapshot, load_checkpoint
+from acmix.checkpoint.read import load_checkpoint
+from acmix.checkpoint.snapshot import Snapshot
+from acmix.checkpoint.store import CheckpointStore, SaveError
 
 
 def make_snapshot(step: int, *, value: float | None = None) -> Snapshot:

@@ -21,7 +21,9 @@ import safetensors.torch
 import torch
 
 from acmix.checkpoint.manifest import FileRecord, read_manifest, render_manifest
-from acmix.checkpoint.store import CheckpointStore, Snapshot, load_checkpoint, resolve_weights
+from acmix.checkpoint.read import load_checkpoint, resolve_weights
+from acmix.checkpoint.snapshot import Snapshot
+from acmix.checkpoint.store import CheckpointStore
 from acmix.checkpoint.untrusted import load_pickle_file, load_state_dict_file, load_weights_file
 from acmix.errors import UserError
 

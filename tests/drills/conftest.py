@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from acmix.checkpoint.store import load_checkpoint
+from acmix.checkpoint.read import load_checkpoint
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

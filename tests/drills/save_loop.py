@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-from acmix.checkpoint.store import CheckpointStore, Snapshot, load_checkpoint
+from acmix.checkpoint.read import load_checkpoint
+from acmix.checkpoint.snapshot import Snapshot
+from acmix.checkpoint.store import CheckpointStore
 from acmix.engine.lock import RunLock
 from acmix.errors import UserError
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from acmix.checkpoint.store import CheckpointStore, DamagedCheckpoint, Snapshot, load_checkpoint
+from acmix.checkpoint.manifest import DamagedCheckpoint
+from acmix.checkpoint.read import load_checkpoint
+from acmix.checkpoint.snapshot import Snapshot
+from acmix.checkpoint.store import CheckpointStore
 
 
 @pytest.fixture

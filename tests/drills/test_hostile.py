@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from acmix.checkpoint.manifest import FileRecord, read_manifest, render_manifest
-from acmix.checkpoint.store import CheckpointStore, Snapshot
+from acmix.checkpoint.snapshot import Snapshot
+from acmix.checkpoint.store import CheckpointStore
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -15,7 +15,9 @@ import torch
 
 from acmix.checkpoint.atomic import CRASH_POINTS
 from acmix.checkpoint.layout import list_checkpoints
-from acmix.checkpoint.store import CheckpointStore, Snapshot, load_checkpoint
+from acmix.checkpoint.read import load_checkpoint
+from acmix.checkpoint.snapshot import Snapshot
+from acmix.checkpoint.store import CheckpointStore
 
 SAVE_LOOP = Path(__file__).parent / "save_loop.py"
 KILLS = "A kill at any instant leaves the newest complete checkpoint, never a half one"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from acmix.checkpoint.store import load_checkpoint
+from acmix.checkpoint.read import load_checkpoint
 
 ENDLESS = ["run.checkpoint_every=2", "run.keep=9", "ema.decay=0.9", "augment.mixup=0.4"]
 SMALL = [*ENDLESS, "schedule.steps=6"]

@@ -1,0 +1,57 @@
+"""A run picked up again: which checkpoint it goes on from, and at what cost."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from acmix.checkpoint.snapshot import Snapshot
+from acmix.checkpoint.store import CheckpointStore
+from acmix.config import Config, load_config
+from acmix.engine.run_folder import choose_run
+from acmix.engine.session import Session
+from acmix.process.distributed import Distributed
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+VALUES = 2**20
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Of a run whose checkpoints at steps 1 and 2 hold 4 MiB of weights each."""
+    store = CheckpointStore(tmp_path, 2, background=False, on_error="stop")
+    for step in (1, 2):
+        store.save(Snapshot({"weight": torch.full((VALUES,), float(step))}, None, {}, {"step": step}), best=False)
+    return load_config(QUICKSTART, [f"run.dir={tmp_path}", "run.device=cpu"])
+
+
+def load(config: Config, resume: str) -> Snapshot | None:
+    with Distributed.start(config.run) as dist, Session(choose_run(config, resume), config, dist) as session:
+        return session.load()
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read from files so far."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+@pytest.mark.parametrize("how", ["auto", "run folder"])
+def test_a_resume_reads_every_byte_of_its_checkpoint_once(config: Config, how: str) -> None:
+    before = bytes_read()
+    snapshot = load(config, "auto" if how == "auto" else str(config.run.dir))
+    read = bytes_read() - before
+    assert snapshot is not None
+    assert snapshot.step == 2
+    assert snapshot.model["weight"].eq(2).all()
+    assert 4 * VALUES <= read < 2 * 4 * VALUES
+
+
+def test_a_resume_falls_back_to_the_newest_sound_checkpoint(
+    config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints" / "step_00000002" / "training.pt").unlink()
+    snapshot = load(config, "auto")
+    assert snapshot is not None
+    assert snapshot.step == 1
+    assert capfd.readouterr().err.count("warning: checkpoint left out") == 1
