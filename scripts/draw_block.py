@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acmix.errors import UserError
-from acmix.process.arguments import Arguments
-from acmix.process.program import run_program
+from acmix.process.program import Arguments, run_program
 
 DEFAULT = Path(__file__).resolve().parents[1] / "docs" / "block.svg"
 BLUE, VERMILLION, INK, GREY = "#0072B2", "#D55E00", "#333333", "#6B6B6B"

@@ -1,4 +1,4 @@
-"""The config of a run: its schema, how a file is read and overridden, what is said of one that does not fit.
+"""The config of a run: its schema, the table of datasets, how a file is read and overridden, error messages.
 
 Light on purpose (no torch), so that a mistake is reported at once. `python -m acmix.config FILE [KEY.PATH=VALUE ...]`
 checks a file and prints it resolved; `python -m acmix.config --schema` prints the JSON schema for editors.
@@ -7,6 +7,7 @@ checks a file and prints it resolved; `python -m acmix.config --schema` prints t
 from acmix.errors import needs_train_extra
 
 with needs_train_extra():
+    from acmix.config.datasets import Dataset, find_dataset, register_dataset
     from acmix.config.load import load_config
     from acmix.config.schema import (
         AugmentConfig,
@@ -19,11 +20,10 @@ with needs_train_extra():
         PrecisionConfig,
         RunConfig,
         ScheduleConfig,
-        dataset_kind,
         json_schema,
     )
 
 __all__ = [
-    "AugmentConfig", "Config", "DataConfig", "EmaConfig", "LossConfig", "ModelConfig", "OptimizerConfig",
-    "PrecisionConfig", "RunConfig", "ScheduleConfig", "dataset_kind", "json_schema", "load_config",
+    "AugmentConfig", "Config", "DataConfig", "Dataset", "EmaConfig", "LossConfig", "ModelConfig", "OptimizerConfig",
+    "PrecisionConfig", "RunConfig", "ScheduleConfig", "find_dataset", "json_schema", "load_config", "register_dataset",
 ]  # fmt: skip

@@ -53,7 +53,7 @@ def schema_keys(schema: type[BaseModel]) -> Iterator[KeyPath]:
 
 
 def nearest_key(schema: type[BaseModel], path: KeyPath) -> str:
-    """The valid key path most like an unknown one, a key of the same section before others."""
+    """The valid key path most similar to an unknown one; keys of the same section are preferred."""
 
     def likeness(candidate: KeyPath) -> float:
         words = (str(candidate[-1]), *_SYNONYMS.get(str(candidate[-1]), ()))
@@ -83,9 +83,9 @@ def unknown_override(schema: type[BaseModel], path: KeyPath) -> str | None:
 def describe_errors(
     schema: type[BaseModel], error: ValidationError, source: str, origins: Mapping[KeyPath, str]
 ) -> str:
-    """One line per error: where it was said, the key path, what is wrong, what would be right.
+    """One line per error: where the value was given, the key path, what is wrong, what would be right.
 
-    `origins` tells for each key path where it was given: `FILE:LINE` or `command line`.
+    `origins` maps each key path to where it was given: `FILE:LINE` or `command line`.
     """
     lines = []
     items = error.errors(include_url=False)
@@ -113,7 +113,7 @@ def _complaint(schema: type[BaseModel], path: KeyPath, item: Any) -> str:
     if kind == "missing" and isinstance(path[-1], int):
         return f"is missing; {dotted(path[:-1])} has too few entries"
     if kind == "missing":
-        return f"is required: {_field(schema, path).description}"
+        return f"is required: {_description(_field(schema, path))}"
     if kind == "literal_error":
         return f"must be one of {context['expected'].replace(' or ', ', ')}, got {_shown(given)}"
     info = _field(schema, path)
@@ -135,6 +135,11 @@ def _field(schema: type[BaseModel], path: KeyPath) -> FieldInfo:
         assert info.annotation is not None
         info = info.annotation.model_fields[str(path[1])]  # type: ignore[attr-defined]
     return info
+
+
+def _description(info: FieldInfo) -> str | None:
+    """What a key is for: the docstring below it, of a section that of its class."""
+    return info.description or getattr(info.annotation, "__doc__", None)
 
 
 def _shown(value: object) -> str:

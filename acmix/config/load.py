@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from acmix.config.contradictions import contradictions
 from acmix.config.errors import describe_errors, unknown_override
-from acmix.config.schema import Config, contradictions
+from acmix.config.schema import Config
 from acmix.config.yaml import KeyPath, read_yaml
 from acmix.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Read a whole image folder and list everything in it that would stop or mislead a run. Light (no torch)."""
+"""Read a whole image folder and list what would stop or mislead a training run. Light (no torch)."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ class Problem:
     """Something wrong with a file or folder; `fatal` when it would stop a run.
 
     Kinds of files: truncated, empty, not_image, bomb, corrupt, unreadable (fatal); misnamed, cmyk, 16bit,
-    duplicate, stray, hidden_file, and not_image for a file that training does not look at (harmless).
+    duplicate, stray, hidden_file, and not_image for a file that training ignores (harmless).
     Kinds of folders: empty_class, hidden_folder, class_mismatch, no_classes (fatal).
     """
 
@@ -74,7 +74,7 @@ def check_folder(
     workers: int = 1,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
 ) -> Report:
-    """Read every image below `root`: its splits, or `root` itself where it holds classes directly.
+    """Read every image below `root`: its splits, or `root` itself if it holds the class folders.
 
     `progress(iterator, total)` may wrap the stream of results, as tqdm does. Raises UserError when there is
     nothing to check.
@@ -178,7 +178,7 @@ def _read_all(paths: Sequence[str], workers: int) -> Iterator[_Finding]:
 
 
 def _read(path: str) -> _Finding:
-    """Decode one file as training would, and compare what it is with what it is called."""
+    """Decode one file as training would, and compare its format with its name."""
     try:
         data = read_image_file(path)
         with warnings.catch_warnings():

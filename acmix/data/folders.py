@@ -12,10 +12,10 @@ from acmix.errors import UserError
 
 
 class TextTable:
-    """A read-only list of strings in two arrays.
+    """A read-only list of strings in two arrays, whose memory the loader workers share.
 
-    Loader workers share its memory; a list of a million str objects they would copy bit by bit, because reading
-    an object changes its reference count.
+    Forked workers would end up copying a list of a million str objects, because reading an object changes its
+    reference count.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -91,7 +91,7 @@ def class_folders(split: Path) -> list[str]:
 def image_files(folder: Path) -> Iterator[str]:
     """Paths, relative to `folder`, of the files below it that are named like images.
 
-    Raises UserError for a hidden folder: what is in it is rarely meant for training (`.ipynb_checkpoints`).
+    Raises UserError for a hidden folder, such as `.ipynb_checkpoints`, which is rarely meant for training.
     """
     try:
         with os.scandir(folder) as entries:

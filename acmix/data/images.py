@@ -1,4 +1,4 @@
-"""Bytes of any origin → RGB image, or one exception that says what is wrong with them."""
+"""Decoding untrusted bytes: an RGB image, or one exception that says what is wrong with them."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ MAX_FILE_BYTES = 1 << 29
 """Files larger than this are refused before they are read."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Decoders that are tried; those that start other programs (EPS) or are rare in data sets are not."""
+"""Decoders that are tried; not those that start other programs (EPS) or are rare in data sets."""
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"))
 """Names that mark a file as an image, in lower case."""
@@ -33,7 +33,7 @@ _SIGNATURES = {
     **{b"II*\0": "TIFF", b"MM\0*": "TIFF"},
 }
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs about broken TIFFs floods stderr
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # Pillow's logging of broken TIFFs would flood stderr
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -69,7 +69,7 @@ def read_image_file(path: str | Path) -> bytes:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Read the header only, with format and size checked. Raises BadImage (empty, not_image, bomb, corrupt)."""
+    """Read the header only and check format and size. Raises BadImage (empty, not_image, bomb, corrupt)."""
     if not data:
         raise BadImage("empty", "the file is empty")
     try:
@@ -119,7 +119,7 @@ def is_sixteen_bit(image: Image.Image) -> bool:
 
 
 def _signature(data: bytes) -> str | None:
-    """The format the first bytes announce, however broken the rest."""
+    """The format that the first bytes announce, even if the rest is broken."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     for start, name in _SIGNATURES.items():
@@ -129,7 +129,7 @@ def _signature(data: bytes) -> str | None:
 
 
 def _ends_early(data: bytes) -> bool:
-    """Whether the file lacks its end by its own account."""
+    """Whether the file is shorter than its header announces or lacks its end marker."""
     announced = {"WEBP": int.from_bytes(data[4:8], "little") + 8, "BMP": int.from_bytes(data[2:6], "little")}
     trailers = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
     name = _signature(data) or ""

@@ -23,9 +23,9 @@ from acmix.errors import UserError
 class Batch:
     """Images of one forward pass on one process.
 
-    An image left out because it cannot be read has `valid` False; in its place stands a copy of another image of
-    the batch with that one's target, so that shapes stay and batch norm and mixup see a real image. The loss
-    leaves it out. `ids` are places in the dataset, of the unreadable image too.
+    Where an image cannot be read, `valid` is False and the loss leaves it out; its place holds a copy of another
+    image of the batch with that image's target, so that shapes stay and batch norm and mixup see a real image.
+    `ids` are indices into the dataset, also of the unreadable images.
     """
 
     images: torch.Tensor  # (B, 3, S, S) float32, normalised
@@ -36,7 +36,7 @@ class Batch:
 
 
 class _Read(NamedTuple):
-    """A batch as it comes from a worker. Only the images are a tensor: each tensor costs a file descriptor."""
+    """A batch as a worker returns it. Only the images are a tensor, because each tensor costs a file descriptor."""
 
     images: torch.Tensor
     targets: np.ndarray
@@ -49,7 +49,7 @@ class _Read(NamedTuple):
 class BatchReader(Dataset):
     """BatchPlan → decoded, augmented images.
 
-    The augmentation of an image follows from (seed, epoch, index, repeat); with seed None nothing is seeded.
+    The augmentation of an image is seeded from (seed, epoch, index, repeat); with seed None nothing is seeded.
     """
 
     def __init__(self, source: Source, transform: Transform, image_size: int, seed: int | None) -> None:
@@ -70,7 +70,7 @@ class BatchReader(Dataset):
         )
         try:
             if in_worker():
-                # here and not when the batch is sent: that happens in a thread whose errors nobody hears
+                # here, because an error when the batch is sent would be lost in a background thread
                 share_memory(read.images)
             with nullcontext() if in_worker() else preserved_generators():
                 self._fill(read, plan)
@@ -103,7 +103,7 @@ class BatchReader(Dataset):
 
 
 class TrainLoader:
-    """Endless supply of training epochs for one process of several."""
+    """The training epochs of one process of several."""
 
     def __init__(self, source: Source, transform: Transform, config: Config, rank: int, world_size: int) -> None:
         self.order = TrainOrder(
@@ -148,17 +148,9 @@ class TrainLoader:
                 yield update
                 update = []
 
-    def describe(self, index: int) -> str:
-        """Path and class of the image with this id, for messages."""
-        return self._source.describe(index)
-
-    def close(self) -> None:
-        """Stop the loader processes."""
-        self._pool.close()
-
 
 class ValLoader:
-    """The share of the validation images that falls to one process; over all of them each image comes once."""
+    """One process's share of the validation images; over all processes each image comes once."""
 
     def __init__(self, source: Source, transform: Transform, config: Config, rank: int, world_size: int) -> None:
         self.classes = source.classes
@@ -183,18 +175,13 @@ class ValLoader:
                 raise UserError(f"{_unreadable(read)}; validation counts every image")
             yield _batch(read)
 
-    def describe(self, index: int) -> str:
-        """Path and class of the image with this id, for messages."""
-        return self._source.describe(index)
-
-    def close(self) -> None:
-        """Stop the loader processes."""
-        self._pool.close()
-
 
 @dataclass(frozen=True)
 class Data:
-    """Both loaders and the classes they agree on."""
+    """Both loaders and the classes they agree on.
+
+    Their processes start at the first epoch and end when the loaders are dropped or the program exits.
+    """
 
     classes: list[str]
     train: TrainLoader
@@ -205,16 +192,11 @@ class Data:
         """Number of classes in the data."""
         return len(self.classes)
 
-    def close(self) -> None:
-        """Stop all loader processes."""
-        self.train.close()
-        self.val.close()
-
 
 class SkippedImages:
-    """How many images of the epoch were left out over all processes, and when that is too many.
+    """Counts the images of an epoch that were left out, over all processes, and stops the run at too many.
 
-    Every process adds the same all-reduced count, so that all of them stop at the same update.
+    Every process adds the same all-reduced count, so all of them stop at the same update.
     """
 
     def __init__(self, config: Config, count: int = 0) -> None:
@@ -229,10 +211,6 @@ class SkippedImages:
                 f"{self.count} images of this epoch could not be read, more than data.max_errors ({self.limit}); "
                 "scripts/check_data.py lists every one"
             )
-
-    def new_epoch(self) -> None:
-        """Begin counting again."""
-        self.count = 0
 
 
 def build_data(config: Config, *, rank: int = 0, world_size: int = 1) -> Data:

@@ -1,4 +1,4 @@
-"""Which image is seen when: a function of seed and epoch, for any number of processes and workers."""
+"""The order of the images: a function of seed and epoch, for any number of processes and workers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from acmix.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The images of one micro-batch, before any is read."""
+    """Which images make up one micro-batch."""
 
     epoch: int
     indices: np.ndarray  # (B,) int64, places in the dataset
@@ -22,11 +22,11 @@ class BatchPlan:
 class TrainOrder:
     """The order of training images.
 
-    Epoch e is one permutation from (seed, e); with repeated augmentation R, each image of it stands R times in
-    a row and the epoch keeps its length, so that it sees 1/R of the images. It is cut into global batches of
-    `global_batch` images, the last incomplete one dropped. Micro-batch m of rank r is the slice
-    [(m * world_size + r) * batch_size : + batch_size] of a global batch: the same global batch has the same
-    images whatever the number of processes.
+    Epoch e is one permutation drawn from (seed, e). With repeated augmentation R, each image appears R times in
+    a row; the epoch keeps its length, so it shows 1/R of the images. It is cut into global batches of
+    `global_batch` images; an incomplete last one is dropped. Micro-batch m of rank r is the slice
+    [(m * world_size + r) * batch_size : + batch_size] of a global batch, so a global batch holds the same images
+    for any number of processes.
     """
 
     length: int
@@ -66,7 +66,7 @@ class TrainOrder:
         return indices, repeats
 
     def plans(self, epoch: int, rank: int, start_update: int = 0) -> Iterator[BatchPlan]:
-        """The micro-batches of one rank from `start_update` on, `accumulate` for each update."""
+        """The micro-batches of one rank, `accumulate` per update, starting at `start_update`."""
         indices, repeats = self.epoch_order(epoch)
         for update in range(start_update, self.updates_per_epoch):
             for micro in range(self.accumulate):
@@ -76,9 +76,9 @@ class TrainOrder:
 
 
 def val_plans(length: int, batch_size: int, rank: int, world_size: int) -> list[BatchPlan]:
-    """A rank's share of the validation images in batches: every image on exactly one rank, none twice.
+    """A rank's share of the validation images, in batches; every image is on exactly one rank.
 
-    Shares may differ by one image, and be empty.
+    Shares may differ by one image, and may be empty.
     """
     share = np.arange(rank, length, world_size, dtype=np.int64)
     starts = range(0, len(share), batch_size)

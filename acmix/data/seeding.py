@@ -1,4 +1,4 @@
-"""Randomness that follows from what is being done, never from what was done before."""
+"""Seeds derived from (seed, epoch, index, ...); a draw never depends on earlier draws."""
 
 import hashlib
 import random
@@ -10,9 +10,9 @@ import torch
 
 
 def stream_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and its place, the same on every machine and version.
+    """A 63-bit seed from the parts and their order, the same on every machine and in every version.
 
-    Name the stream first: `stream_seed("augment", seed, epoch, index, repeat)`.
+    The first part names the stream: `stream_seed("augment", seed, epoch, index, repeat)`.
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -22,7 +22,7 @@ def stream_seed(*parts: int | str) -> int:
 def seed_generators(seed: int) -> None:
     """Seed the generators that augmentation draws from: Python's, numpy's and torch's on the CPU.
 
-    CUDA generators are left alone, unlike with `torch.manual_seed`.
+    Unlike `torch.manual_seed`, this leaves the CUDA generators alone.
     """
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
@@ -31,7 +31,7 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Put the global generators of Python, numpy and torch (CPU) back as they were on leaving."""
+    """Restore the global generators of Python, numpy and torch (CPU) at the end of the block."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
@@ -39,11 +39,3 @@ def preserved_generators() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run a block, such as mixup, under its own seed; the global CPU generators are as before afterwards."""
-    with preserved_generators():
-        seed_generators(seed)
-        yield

@@ -1,8 +1,8 @@
 """Images in tar files, read in place: plain tars with class folders, and WebDataset shards.
 
-timm reads shards as a stream, whose order cannot be replayed from the middle of an epoch, and scans tars with
-neither check nor random access by offset. Here every member is checked and indexed once, and an image is one
-positioned read, which is safe in any number of loader processes.
+timm reads shards as a stream, which cannot be replayed from the middle of an epoch, and scans tars without
+checking their members. Here every member is checked and indexed once, and an image is one read at its offset,
+which is safe in any number of loader processes.
 """
 
 import json
@@ -22,7 +22,7 @@ from acmix.errors import UserError
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar: its name, and where its bytes are in the outer file."""
+    """A regular file in a tar: its name, and offset and size of its bytes in the outer file."""
 
     name: str
     offset: int
@@ -57,7 +57,7 @@ class TarSource:
 
 
 def tar_source(root: Path, split: str) -> TarSource:
-    """`ROOT/SPLIT.tar`, or the tars in `ROOT/SPLIT/`; the class is an image's folder, at the top the tar's name.
+    """`ROOT/SPLIT.tar`, or the tars in `ROOT/SPLIT/`; the class is the image's folder, else the tar's name.
 
     Raises UserError naming what is missing, a damaged tar, or a member that is refused.
     """
@@ -99,7 +99,7 @@ def shard_source(root: Path, split: str) -> TarSource:
 
 
 def index_tar(path: Path) -> list[Member]:
-    """All regular files of a tar, of tars inside it too.
+    """All regular files of a tar, including those of tars inside it.
 
     Raises UserError naming a damaged tar, or a member that could reach outside when extracted: an absolute
     name, a name with `..`, a link, a device.

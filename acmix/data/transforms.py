@@ -1,4 +1,4 @@
-"""Augmentation for training, resize and crop for validation, mixing of batches: timm's and torchvision's."""
+"""Augmentation for training, resize and crop for validation, mixup and CutMix: built from timm and torchvision."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Transform = Callable[[Image.Image], torch.Tensor]
 """RGB image of any size → (3, S, S) float32, normalised."""
 
 _MAX_ASPECT = 16
-_UNCROPPED_SIZE = 64  # up to here images are small ones at their own size, of which validation sees all
+_UNCROPPED_SIZE = 64  # up to this image_size validation crops nothing: small images are used whole
 
 
 def build_train_transform(config: Config, statistics: Statistics) -> Transform:
@@ -53,7 +53,8 @@ def build_mixup(config: Config, num_classes: int) -> Mixup | None:
     """Mixup and CutMix of a batch, or None when both are off.
 
     Called with images (B, 3, H, W) and targets (B,), B even, it returns mixed images and targets (B, num_classes)
-    that contain the label smoothing. It draws from numpy's global generator; wrap it in `seeding.seeded`.
+    that contain the label smoothing. It draws from numpy's global generator, to be seeded before each call
+    (`seeding.seed_generators`).
     """
     augment = config.augment
     if not augment.mixup and not augment.cutmix:
@@ -92,7 +93,7 @@ def _resize(config: Config, shorter_side: int) -> list[Callable]:
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:
-    """Cut the ends off a strip: resizing the shorter side of 1 × 100,000 pixels to 224 would make 5 billion."""
+    """Crop very long images: resizing the shorter side of 1 × 100,000 pixels to 224 would give 5 billion pixels."""
     longest = _MAX_ASPECT * min(image.size)
     if max(image.size) <= longest:
         return image
@@ -123,7 +124,7 @@ def _auto_augment(policy: str, config: Config, statistics: Statistics) -> Callab
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
-    """timm's posterize, which at full strength asks to keep 0 bits: black, but an error since Pillow 13."""
+    """timm's posterize; at full strength it keeps 0 bits, which means black but is an error since Pillow 13."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return posterize(image, bits_to_keep, **options)

@@ -1,4 +1,4 @@
-"""Loader processes: how they start, what they ignore, how they end, and what their death means."""
+"""Loader processes: how they start and end, which signals they ignore, and what is reported when one dies."""
 
 import ctypes
 import os
@@ -31,7 +31,7 @@ _OPEN_FILES = (
 
 
 class PlanQueue:
-    """The plans of the next pass over a loader; a sampler that is refilled instead of replaced."""
+    """The sampler of a loader: set `plans` before each pass."""
 
     def __init__(self) -> None:
         self.plans: Iterator[BatchPlan] = iter(())
@@ -43,8 +43,8 @@ class PlanQueue:
 class WorkerPool:
     """A DataLoader that turns BatchPlans into what `dataset[plan]` returns, in order.
 
-    Its processes start at the first pass and stay until `close`. They ignore the signals meant for the job, so
-    that it can stop gracefully, and die with their parent.
+    Its processes start at the first pass and end when the pool is dropped or the program exits. They ignore the
+    signals meant for the job, so that it can stop gracefully, and die with their parent.
     """
 
     def __init__(self, dataset: Dataset, config: Config, most: int | None = None) -> None:
@@ -65,7 +65,7 @@ class WorkerPool:
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # else each pass would draw from the global one
             )
-        self._finalizer = weakref.finalize(self, _stop_workers, self._loader)
+        weakref.finalize(self, _stop_workers, self._loader)
 
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[Any]:
         """Results of the plans, in order. Raises UserError when a worker dies."""
@@ -77,15 +77,11 @@ class WorkerPool:
         except RuntimeError as error:
             raise explain_worker_death(error) or error from None
 
-    def close(self) -> None:
-        """Stop the processes; harmless when done twice."""
-        self._finalizer()
-
 
 def explain_worker_death(error: BaseException) -> UserError | None:
-    """What to tell the user when PyTorch reports that a loader worker died; None for any other error.
+    """The message for the user when PyTorch reports that a loader worker died; None for any other error.
 
-    PyTorch raises that report from a signal handler, so it may come out of any line of the main process.
+    PyTorch raises its report from a signal handler, so it may surface at any line of the main process.
     """
     text = " ".join(str(error).split())
     if not isinstance(error, RuntimeError) or "Caught" in text:
@@ -98,7 +94,7 @@ def explain_worker_death(error: BaseException) -> UserError | None:
 
 
 def share_memory(images: torch.Tensor) -> None:
-    """Move a batch to shared memory, from where the main process takes it without a copy. Raises UserError."""
+    """Move a batch to shared memory, which the main process reads without a copy. Raises UserError."""
     try:
         images.share_memory_()
     except RuntimeError as error:
@@ -130,7 +126,7 @@ def _start_worker(_: int) -> None:
 
 @contextmanager
 def _job_signals_blocked() -> Iterator[None]:
-    """Between its birth and `_start_worker` a worker would still die of a signal meant for the job."""
+    """Protects workers between their fork and `_start_worker`, where a signal meant for the job would kill them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
     try:
         yield

@@ -2,8 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from acmix.config import Config
 from acmix.data.images import BadImage
-from acmix.data.loader import Batch, Data, SkippedImages, build_data, build_val, resolve_num_classes
+from acmix.data.loader import Batch, SkippedImages, build_data, build_val, resolve_num_classes
 from acmix.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -26,18 +25,9 @@ AUGMENT = {
 }
 
 
-@contextmanager
-def opened(config: Config, rank: int = 0, world_size: int = 1) -> Iterator[Data]:
-    data = build_data(config, rank=rank, world_size=world_size)
-    try:
-        yield data
-    finally:
-        data.close()
-
-
 def updates(config: Config, epoch: int = 0, start: int = 0, rank: int = 0, world_size: int = 1) -> list[list[Batch]]:
-    with opened(config, rank, world_size) as data:
-        return list(data.train.epoch(epoch, start))
+    data = build_data(config, rank=rank, world_size=world_size)
+    return list(data.train.epoch(epoch, start))
 
 
 def assert_same(first: list[list[Batch]], second: list[list[Batch]]) -> None:
@@ -50,17 +40,17 @@ def assert_same(first: list[list[Batch]], second: list[list[Batch]]) -> None:
 
 
 def test_a_batch_has_the_promised_shapes_and_types(make_config: MakeConfig) -> None:
-    with opened(make_config(data__batch_size=8, optimizer__accumulate=3)) as data:
-        assert data.classes == [str(digit) for digit in range(10)]
-        assert (data.num_classes, len(data.train), len(data.val)) == (10, 1437, 360)
-        assert (data.train.global_batch, data.train.updates_per_epoch) == (24, 59)
-        update = next(data.train.epoch(0))
-        assert len(update) == 3
-        for batch in update:
-            assert (batch.images.shape, batch.images.dtype) == ((8, 3, 16, 16), torch.float32)
-            assert (batch.targets.dtype, batch.ids.dtype, batch.valid.dtype) == (torch.int64, torch.int64, torch.bool)
-            assert batch.valid.all()
-            assert batch.errors == []
+    data = build_data(make_config(data__batch_size=8, optimizer__accumulate=3))
+    assert data.classes == [str(digit) for digit in range(10)]
+    assert (data.num_classes, len(data.train), len(data.val)) == (10, 1437, 360)
+    assert (data.train.global_batch, data.train.updates_per_epoch) == (24, 59)
+    update = next(data.train.epoch(0))
+    assert len(update) == 3
+    for batch in update:
+        assert (batch.images.shape, batch.images.dtype) == ((8, 3, 16, 16), torch.float32)
+        assert (batch.targets.dtype, batch.ids.dtype, batch.valid.dtype) == (torch.int64, torch.int64, torch.bool)
+        assert batch.valid.all()
+        assert batch.errors == []
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(
@@ -77,13 +67,13 @@ def test_batches_do_not_depend_on_the_number_of_workers(
 def test_batches_do_not_depend_on_interruptions(workers: int, make_config: MakeConfig) -> None:
     config = make_config(data__batch_size=100, data__num_workers=workers, **AUGMENT)
     expected = updates(config, epoch=1, start=9)
-    with opened(config) as data:
-        abandoned = data.train.epoch(1, start_update=9)
-        assert_same([next(abandoned), next(abandoned)], expected[:2])
-        assert_same(list(data.train.epoch(1, start_update=11)), expected[2:])
-        assert sum(len(batch.ids) for batch in data.val) == 360
-        assert_same(list(data.train.epoch(1, start_update=13)), expected[4:])
-        assert list(data.train.epoch(1, start_update=data.train.updates_per_epoch)) == []
+    data = build_data(config)
+    abandoned = data.train.epoch(1, start_update=9)
+    assert_same([next(abandoned), next(abandoned)], expected[:2])
+    assert_same(list(data.train.epoch(1, start_update=11)), expected[2:])
+    assert sum(len(batch.ids) for batch in data.val) == 360
+    assert_same(list(data.train.epoch(1, start_update=13)), expected[4:])
+    assert list(data.train.epoch(1, start_update=data.train.updates_per_epoch)) == []
 
 
 def test_batches_do_not_depend_on_the_number_of_processes(make_config: MakeConfig) -> None:
@@ -104,9 +94,9 @@ def test_batches_do_not_depend_on_the_number_of_processes(make_config: MakeConfi
 
 def test_copies_of_repeated_augmentation_differ_and_epochs_differ(make_config: MakeConfig) -> None:
     config = make_config(data__batch_size=60, data__repeated_aug=3, augment__crop="random_resized")
-    with opened(config) as data:
-        (batch,) = next(data.train.epoch(0))
-        (later,) = next(data.train.epoch(1))
+    data = build_data(config)
+    (batch,) = next(data.train.epoch(0))
+    (later,) = next(data.train.epoch(1))
     assert torch.equal(batch.ids[0::3], batch.ids[1::3])
     assert len(batch.ids.unique()) == 20
     assert not torch.equal(batch.images[0], batch.images[1])
@@ -115,11 +105,11 @@ def test_copies_of_repeated_augmentation_differ_and_epochs_differ(make_config: M
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_global_generators_are_left_alone(workers: int, make_config: MakeConfig) -> None:
-    with opened(make_config(data__num_workers=workers, data__batch_size=200, **AUGMENT)) as data:
-        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        assert len(list(data.train.epoch(0, start_update=5))) == 2
-        assert len(list(data.val)) == 2
-        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    data = build_data(make_config(data__num_workers=workers, data__batch_size=200, **AUGMENT))
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert len(list(data.train.epoch(0, start_update=5))) == 2
+    assert len(list(data.val)) == 2
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
 @pytest.mark.parametrize(("val", "world_size"), [(13, 1), (13, 2), (13, 3), (2, 3), (1, 4)])
@@ -135,20 +125,19 @@ def test_validation_counts_every_image_once_over_any_number_of_processes(
         assert len(loader) == val
         assert loader.batches == len(batches)
         ids += [index for batch in batches for index in batch.ids.tolist()]
-        loader.close()
     assert sorted(ids) == list(range(val))
 
 
 def test_no_image_before_the_start_is_read(make_config: MakeConfig) -> None:
     config = make_config(data__batch_size=100)
-    with opened(config) as data:
-        read: list[int] = []
-        source: Any = data.train._source
-        load = source.load
-        source.load = lambda index: (read.append(index), load(index))[1]
-        expected = data.train.order.epoch_order(2)[0][1300:1400].tolist()
-        (batch,) = next(data.train.epoch(2, start_update=13))
-        assert read == batch.ids.tolist() == expected
+    data = build_data(config)
+    read: list[int] = []
+    source: Any = data.train._source
+    load = source.load
+    source.load = lambda index: (read.append(index), load(index))[1]
+    expected = data.train.order.epoch_order(2)[0][1300:1400].tolist()
+    (batch,) = next(data.train.epoch(2, start_update=13))
+    assert read == batch.ids.tolist() == expected
 
 
 @pytest.fixture
@@ -217,7 +206,8 @@ def test_validation_never_leaves_an_image_out(
     bad = root / "val" / "dog" / "001.png"
     bad.write_bytes(bad.read_bytes()[:100])
     config = make_config(data__dataset="folder", data__root=root, data__on_error="skip", data__num_workers=workers)
-    with opened(config) as data, pytest.raises(UserError, match=rf"{bad} \(class dog\): .*; validation counts every"):
+    data = build_data(config)
+    with pytest.raises(UserError, match=rf"{bad} \(class dog\): .*; validation counts every"):
         list(data.val)
 
 
@@ -227,28 +217,26 @@ def test_too_many_skipped_images_stop_the_run(make_config: MakeConfig) -> None:
     assert skipped.count == 3
     with pytest.raises(UserError, match=r"4 images of this epoch .* data.max_errors \(3\)"):
         skipped.add(1)
-    skipped.new_epoch()
-    skipped.add(3)
 
 
 def test_a_label_out_of_range_is_an_error_without_a_workers_traceback(make_config: MakeConfig) -> None:
-    with opened(make_config(data__num_workers=1)) as data:
-        source: Any = data.train._source
+    data = build_data(make_config(data__num_workers=1))
+    source: Any = data.train._source
 
-        def load(index: int) -> None:
-            raise UserError(f"label of {index} outside 0..9") from BadImage("corrupt", "x")
+    def load(index: int) -> None:
+        raise UserError(f"label of {index} outside 0..9") from BadImage("corrupt", "x")
 
-        source.load = load
-        with pytest.raises(UserError, match=r"^label of \d+ outside 0..9$"):
-            next(data.train.epoch(0))
+    source.load = load
+    with pytest.raises(UserError, match=r"^label of \d+ outside 0..9$"):
+        next(data.train.epoch(0))
 
 
 def test_num_classes_must_fit_the_data(make_config: MakeConfig) -> None:
-    with opened(make_config()) as data:
-        assert resolve_num_classes(make_config(), data) == 10
-        assert resolve_num_classes(make_config(model__num_classes=10), data.val) == 10
-        with pytest.raises(UserError, match=r"model.num_classes is 7, but the data .* has 10 classes"):
-            resolve_num_classes(make_config(model__num_classes=7), data)
+    data = build_data(make_config())
+    assert resolve_num_classes(make_config(), data) == 10
+    assert resolve_num_classes(make_config(model__num_classes=10), data.val) == 10
+    with pytest.raises(UserError, match=r"model.num_classes is 7, but the data .* has 10 classes"):
+        resolve_num_classes(make_config(model__num_classes=7), data)
 
 
 def test_evaluation_refuses_classes_other_than_those_of_training(make_config: MakeConfig) -> None:
@@ -262,12 +250,12 @@ def test_less_data_than_a_global_batch_is_refused(make_config: MakeConfig) -> No
 
 
 def test_epochs_leave_no_file_descriptors_behind(make_config: MakeConfig) -> None:
-    with opened(make_config(data__num_workers=2, data__batch_size=100)) as data:
-        kept = [list(data.train.epoch(epoch, start_update=12)) for epoch in range(2)]
-        before = len(os.listdir("/proc/self/fd"))
-        kept += [list(data.train.epoch(epoch, start_update=12)) for epoch in range(2, 5)]
-        kept.append([list(data.val)])
-        images = sum(len(update) for epoch in kept for update in epoch)
-        workers_of_val = 2 * 4  # pipes of the processes that the first validation starts
-        assert len(os.listdir("/proc/self/fd")) - before <= images + workers_of_val
-        del kept
+    data = build_data(make_config(data__num_workers=2, data__batch_size=100))
+    kept = [list(data.train.epoch(epoch, start_update=12)) for epoch in range(2)]
+    before = len(os.listdir("/proc/self/fd"))
+    kept += [list(data.train.epoch(epoch, start_update=12)) for epoch in range(2, 5)]
+    kept.append([list(data.val)])
+    images = sum(len(update) for epoch in kept for update in epoch)
+    workers_of_val = 2 * 4  # pipes of the processes that the first validation starts
+    assert len(os.listdir("/proc/self/fd")) - before <= images + workers_of_val
+    del kept

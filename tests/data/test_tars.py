@@ -51,7 +51,6 @@ def test_a_tar_with_class_folders_reads_like_the_folder(
     for dataset in ("folder", "tar"):
         data = build_data(make_config(data__dataset=dataset, data__root=root, data__num_workers=2))
         batches.append([batch for update in data.train.epoch(0) for batch in update])
-        data.close()
     assert len(batches[0]) == len(batches[1]) == 3
     for folder, tar in zip(*batches, strict=True):
         assert np.array_equal(folder.images, tar.images)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from acmix.config import Config
 from acmix.data.datasets import Statistics, statistics_of
-from acmix.data.seeding import preserved_generators, seed_generators, seeded
+from acmix.data.seeding import preserved_generators, seed_generators
 from acmix.data.transforms import build_mixup, build_train_transform, build_val_transform
 from acmix.errors import UserError
 
@@ -23,7 +23,8 @@ def noise(width: int, height: int) -> Image.Image:
 
 def samples(config: Config, image: Image.Image, count: int = 24) -> list[torch.Tensor]:
     transform = build_train_transform(config, PLAIN)
-    with seeded(0):
+    with preserved_generators():
+        seed_generators(0)
         return [transform(image) for _ in range(count)]
 
 
@@ -136,7 +137,8 @@ def test_mixing_is_off_by_default_and_contains_the_label_smoothing(make_config: 
     for name in ("mixup", "cutmix"):
         mix = build_mixup(make_config(**{f"augment__{name}": 1.0}, loss__label_smoothing=0.1), 10)
         assert mix is not None
-        with seeded(3):
+        with preserved_generators():
+            seed_generators(3)
             images, targets = mix(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
         assert targets.shape == (4, 10)
         torch.testing.assert_close(targets.sum(1), torch.ones(4))

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,8 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture
-def data(make_config: MakeConfig) -> Iterator[Data]:
-    opened = build_data(make_config(data__batch_size=8, data__num_workers=2, data__prefetch_factor=1))
-    yield opened
-    opened.close()
+def data(make_config: MakeConfig) -> Data:
+    return build_data(make_config(data__batch_size=8, data__num_workers=2, data__prefetch_factor=1))
 
 
 def worker_pids(data: Data) -> list[int]:
@@ -77,7 +75,6 @@ thread.start()
 count = sum(1 for _ in data.train.epoch(0))
 stop = True
 thread.join()
-data.close()
 print(count == data.train.updates_per_epoch, len(caught) > 0)
 """
     arguments = [sys.executable, "-c", program, str(QUICKSTART)]
@@ -166,13 +163,13 @@ time.sleep(600)
 
 
 @pytest.mark.slow
-def test_closing_stops_the_workers_even_one_that_is_stuck(data: Data) -> None:
+def test_workers_end_with_their_loader_even_one_that_is_stuck(make_config: MakeConfig) -> None:
+    data = build_data(make_config(data__batch_size=8, data__num_workers=2))
     next(data.train.epoch(0))
     pids = worker_pids(data)
     os.kill(pids[0], signal.SIGSTOP)
-    data.close()
+    del data
     wait_until_gone(pids)
-    data.close()
 
 
 def test_workers_start_once_and_serve_every_epoch(data: Data) -> None:
@@ -184,8 +181,7 @@ def test_workers_start_once_and_serve_every_epoch(data: Data) -> None:
 
 
 def test_no_more_validation_workers_start_than_there_are_batches(make_config: MakeConfig) -> None:
-    opened = build_data(make_config(data__num_workers=8, data__val_batch_size=200))
-    assert sum(len(batch.ids) for batch in opened.val) == 360
-    loader: Any = opened.val._pool._loader
+    data = build_data(make_config(data__num_workers=8, data__val_batch_size=200))
+    assert sum(len(batch.ids) for batch in data.val) == 360
+    loader: Any = data.val._pool._loader
     assert len(loader._iterator._workers) == 2
-    opened.close()

@@ -1,0 +1,36 @@
+"""Keys that are each valid and yet do not fit together."""
+
+from acmix.config.datasets import find_dataset
+from acmix.config.schema import Config
+from acmix.config.yaml import KeyPath
+from acmix.errors import UserError
+
+
+def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
+    """The key path of each contradiction in a config, and what is wrong."""
+    data, augment, schedule, optimizer = config.data, config.augment, config.schedule, config.optimizer
+    found: list[tuple[KeyPath, str]] = []
+    try:
+        dataset = find_dataset(data.dataset)
+    except UserError as error:
+        return [(("data", "dataset"), str(error))]
+    if "num_classes" in config.model.kwargs:
+        found.append((("model", "kwargs", "num_classes"), "has a key of its own: model.num_classes"))
+    if schedule.warmup_epochs > schedule.epochs:
+        text = f"{schedule.warmup_epochs:g} is more than schedule.epochs, {schedule.epochs}"
+        found.append((("schedule", "warmup_epochs"), text))
+    if optimizer.lr_batch is None and schedule.min_lr > optimizer.lr:
+        found.append((("schedule", "min_lr"), f"{schedule.min_lr:g} is above optimizer.lr, {optimizer.lr:g}"))
+    if data.root is None and dataset.needs_root:
+        found.append((("data", "root"), f"is required for the dataset {data.dataset}: the folder that holds the data"))
+    if data.download and not dataset.can_download:
+        found.append((("data", "download"), f"the dataset {data.dataset} cannot be downloaded; set it to false"))
+    for name, (low, high) in (("scale", augment.scale), ("ratio", augment.ratio)):
+        if low > high:
+            found.append((("augment", name), f"the smallest, {low:g}, is above the largest, {high:g}"))
+    if augment.scale[1] > 1:
+        found.append((("augment", "scale"), f"{augment.scale[1]:g} is more than 1, the whole image"))
+    if (augment.mixup or augment.cutmix) and data.batch_size % 2:
+        text = f"{data.batch_size} is odd, but augment.mixup and augment.cutmix mix pairs; use an even number"
+        found.append((("data", "batch_size"), text))
+    return found
