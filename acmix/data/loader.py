@@ -211,30 +211,6 @@ class Data:
         self.val.close()
 
 
-class SkippedImages:
-    """How many images of the epoch were left out over all processes, and when that is too many.
-
-    Every process adds the same all-reduced count, so that all of them stop at the same update.
-    """
-
-    def __init__(self, config: Config, count: int = 0) -> None:
-        self.limit = config.data.max_errors
-        self.count = count
-
-    def add(self, count: int) -> None:
-        """Raises UserError once the epoch's count is over `data.max_errors`."""
-        self.count += count
-        if self.count > self.limit:
-            raise UserError(
-                f"{self.count} images of this epoch could not be read, more than data.max_errors ({self.limit}); "
-                "scripts/check_data.py lists every one"
-            )
-
-    def new_epoch(self) -> None:
-        """Begin counting again."""
-        self.count = 0
-
-
 def build_data(config: Config, *, rank: int = 0, world_size: int = 1) -> Data:
     """Open the configured dataset for one process of several.
 
