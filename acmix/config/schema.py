@@ -126,6 +126,9 @@ class OptimizerConfig(_Section):
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(default=None, description="Gradient clipping; null: none.")
     clip_mode: Literal["norm", "value", "agc"] = Field(default="norm", description="What clip_grad limits.")
     accumulate: Positive = Field(default=1, description="Forward passes per update of the weights.")
+    kwargs: dict[str, JsonValue] = Field(
+        default={}, description="Further arguments of the optimizer, e.g. {nesterov: true}."
+    )
 
 
 class ScheduleConfig(_Section):
@@ -140,6 +143,9 @@ class ScheduleConfig(_Section):
     min_lr: NonNegative = Field(default=0.0, description="Learning rate at the end.")
     steps: Positive | None = Field(
         default=None, description="Stop after so many updates (for benchmarks); null: do not."
+    )
+    kwargs: dict[str, JsonValue] = Field(
+        default={}, description="Further arguments of timm's create_scheduler_v2, e.g. {k_decay: 1.5}."
     )
 
 
