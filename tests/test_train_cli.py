@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from acmix.engine.run_folder import launcher_id
@@ -98,6 +99,8 @@ def test_bad_config_is_refused(case: str, train: Train, tmp_path: Path) -> None:
         (["model.num_classes=7"], ["model.num_classes", "7", "10"]),
         (["data.dataset=folder", "data.root=nowhere"], ["nowhere"]),
         (["optimizer.name=sdg"], ["optimizer.name", "sgd"]),
+        (["optimizer.kwargs.nestrov=true"], ["optimizer.kwargs.nestrov", "optimizer.kwargs.nesterov"]),
+        (["schedule.kwargs.k_decay=x"], ["schedule.kwargs.k_decay", "'x'", "number"]),
         (["model.checkpoint=nowhere.pth"], ["nowhere.pth"]),
         (["--resume", "nowhere"], ["--resume", "nowhere"]),
         (["--resume"], ["--resume", "expected one argument"]),
@@ -143,6 +146,30 @@ def test_run_leaves_what_the_contract_says(train: Train, tmp_path: Path) -> None
     last = Path("given/checkpoints/last")
     assert last.is_symlink()
     assert {"model.safetensors", "ema.safetensors", "manifest.json"} <= {path.name for path in last.iterdir()}
+
+
+def test_kwargs_of_optimizer_and_schedule_are_part_of_the_resolved_config(train: Train) -> None:
+    kwargs = ["optimizer.kwargs.nesterov=false", "schedule.kwargs={k_decay: 2, noise: [0.5, 0.9]}"]
+    assert train("run.dir=run", "schedule.steps=1", *kwargs).status == 0
+    resolved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert resolved["optimizer"]["kwargs"] == {"nesterov": False}
+    assert resolved["schedule"]["kwargs"] == {"k_decay": 2, "noise": [0.5, 0.9]}
+    assert train(*kwargs, "run.dir=run", "--resume", "auto").status == 0
+
+
+def test_unreadable_images_are_left_out_up_to_a_limit(train: Train, tmp_path: Path) -> None:
+    root = make_images(tmp_path / "data", {"train": ["cat", "dog"], "val": ["cat", "dog"]}, count=16)
+    bad = root / "train" / "dog" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    skip = ["data.dataset=folder", f"data.root={root}", "data.on_error=skip"]
+    outcome = train(*skip, "run.dir=run", "data.max_errors=1")  # one in each of two epochs
+    assert outcome.status == 0, outcome
+    assert f"warning: left out at step 1: {bad}" in outcome.out or f"warning: left out at step 2: {bad}" in outcome.out
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert next(row for row in rows if row["event"] == "unread")["count"] == 1
+    outcome = train(*skip, "run.dir=other", "data.max_errors=0")
+    assert outcome.status == 2
+    assert "1 images of this epoch could not be read, more than data.max_errors (0)" in outcome.err
 
 
 def test_folder_that_holds_a_run_is_refused_and_left_alone(train: Train) -> None:

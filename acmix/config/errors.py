@@ -69,7 +69,7 @@ def unknown_override(schema: type[BaseModel], path: KeyPath) -> str | None:
     if len(path) == 1 and path in keys:
         example = dotted(next(key for key in schema_keys(schema) if key[:-1] == path))
         return f"{path[0]} is a section: set its keys one by one, like {example}"
-    if path[:2] in keys and (len(path) == 2 or path[:2] == ("model", "kwargs")):
+    if path[:2] in keys and (len(path) == 2 or path[1] == "kwargs"):
         return None
     unknown = path[:1] if path[:1] not in keys else path[:2]
     if unknown in keys:
@@ -98,7 +98,7 @@ def describe_errors(
 
 
 def _written_path(loc: tuple[str | int, ...], origins: Mapping[KeyPath, str]) -> KeyPath:
-    if loc[:2] != ("model", "kwargs"):
+    if loc[1:2] != ("kwargs",):
         return loc
     path: KeyPath = loc[:2]
     for part in loc[2:]:  # pydantic puts the names of its own types between the keys here

@@ -195,6 +195,9 @@ class OptimizerConfig(_Section):
     accumulate: Positive = 1
     """Forward passes per update of the weights (gradient accumulation)."""
 
+    kwargs: dict[str, JsonValue] = {}
+    """Further arguments of the optimizer, e.g. {nesterov: true}."""
+
 
 class ScheduleConfig(_Section):
     """Length of the run, and the learning rate over time."""
@@ -216,6 +219,9 @@ class ScheduleConfig(_Section):
 
     steps: Positive | None = None
     """Stop after this many updates (for benchmarks); null: after the last epoch."""
+
+    kwargs: dict[str, JsonValue] = {}
+    """Further arguments of timm's create_scheduler_v2, e.g. {k_decay: 1.5}."""
 
 
 class PrecisionConfig(_Section):

@@ -193,26 +193,6 @@ class Data:
         return len(self.classes)
 
 
-class SkippedImages:
-    """Counts the images of an epoch that were left out, over all processes, and stops the run at too many.
-
-    Every process adds the same all-reduced count, so all of them stop at the same update.
-    """
-
-    def __init__(self, config: Config, count: int = 0) -> None:
-        self.limit = config.data.max_errors
-        self.count = count
-
-    def add(self, count: int) -> None:
-        """Raises UserError once the epoch's count is over `data.max_errors`."""
-        self.count += count
-        if self.count > self.limit:
-            raise UserError(
-                f"{self.count} images of this epoch could not be read, more than data.max_errors ({self.limit}); "
-                "scripts/check_data.py lists every one"
-            )
-
-
 def build_data(config: Config, *, rank: int = 0, world_size: int = 1) -> Data:
     """Open the configured dataset for one process of several.
 

@@ -70,12 +70,19 @@ class WorkerPool:
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[Any]:
         """Results of the plans, in order. Raises UserError when a worker dies."""
         self._queue.plans = plans
-        try:
+        with worker_deaths_explained():
             with _job_signals_blocked():
                 results = iter(self._loader)
             yield from results
-        except RuntimeError as error:
-            raise explain_worker_death(error) or error from None
+
+
+@contextmanager
+def worker_deaths_explained() -> Iterator[None]:
+    """Turns PyTorch's report of a dead loader worker into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise explain_worker_death(error) or error from None
 
 
 def explain_worker_death(error: BaseException) -> UserError | None:

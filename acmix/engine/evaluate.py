@@ -1,7 +1,6 @@
 """Exact evaluation: every image counted once, whatever the number of processes and the size of their shares."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -9,12 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acmix.config import PrecisionConfig
+from acmix.engine.forward import autocast, network_inputs
 from acmix.process.distributed import Distributed
 
 if TYPE_CHECKING:
     from acmix.data.loader import ValLoader
-
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Metrics(TypedDict):
@@ -24,13 +22,6 @@ class Metrics(TypedDict):
     top1: float
     top5: float
     count: int
-
-
-def autocast(precision: PrecisionConfig, device: torch.device) -> AbstractContextManager[None]:
-    """The autocast context of `precision.amp`; does nothing for `none`."""
-    if precision.amp == "none":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=AMP_TYPES[precision.amp])
 
 
 def evaluate(
@@ -45,10 +36,10 @@ def evaluate(
 ) -> Metrics | None:
     """Evaluate a bare (not DDP-wrapped) model on the loader's images, all ranks together.
 
-    Ranks may hold unequal numbers of batches: all call `poll` (which may be a collective) once per batch of the longest
-    share, and where it says True, on all alike, the evaluation ends early and returns None. Sums are added in float64.
-    `observe` gets the logits and targets of each batch. With fewer than five classes top-5 is over all of them. The
-    model's mode is kept.
+    Ranks may hold unequal numbers of batches: each calls `poll` (which may be a collective) as often as the longest
+    share has batches. When `poll` returns True, which it must do on all ranks alike, the evaluation ends early and
+    returns None. `observe` gets the logits and targets of each batch. Sums are added in float64. With fewer than five
+    classes top-5 is over all of them. The model's train or eval mode is restored.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # loss, top-1, top-5, count
     rounds = max(dist.gather(loader.batches))
@@ -60,10 +51,7 @@ def evaluate(
             dist.watchdog.tick(step, "evaluation")
             batch = next(batches, None)
             if batch is not None:
-                images = batch.images.to(dist.device, non_blocking=True)
-                if precision.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                targets = batch.targets.to(dist.device, non_blocking=True)
+                images, targets = network_inputs(batch, precision, dist.device)
                 with torch.inference_mode(), autocast(precision, dist.device):
                     logits = model(images)
                 sums += _batch_sums(logits.float(), targets)

@@ -1,4 +1,4 @@
-"""A model and all that moves its weights: loss, gradients, optimizer, schedule, loss scaling, running average."""
+"""A model and all that changes its weights: loss, gradients, optimizer, schedule, loss scaling, running average."""
 
 import os
 import shutil
@@ -18,17 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from acmix.config import Config
 from acmix.data.seeding import seed_generators, stream_seed
-from acmix.engine.evaluate import autocast
-from acmix.engine.optim import build_optimizer, build_scheduler
+from acmix.engine.forward import Mixing, autocast, network_inputs
+from acmix.engine.optim import build_optimizer, build_scheduler, load_optimizer, parameter_groups
 from acmix.errors import UserError
 from acmix.process.distributed import Distributed
 
 if TYPE_CHECKING:
     from acmix.data.loader import Batch, TrainLoader
-
-_FROM_CONFIG = ("weight_decay", "lr_scale", "initial_lr", "momentum", "betas", "eps")
-
-Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Learner:
@@ -38,13 +34,14 @@ class Learner:
         config: the run's config.
         model: the bare network, with the same weights on every rank.
         dist: this process among the others.
-        loader: the training loader, for the images per update and the updates per epoch.
+        loader: the training loader, for the images per step and the steps per epoch.
         mixing: mixup and cutmix, images and targets → mixed images and soft targets; None for none.
 
     Attributes: `model` the bare network (never wrapped, so its state dict has plain names), `ema` timm's average or
     None, `optimizer`, `scheduler`, `scaler`.
 
-    Raises UserError for SyncBN without CUDA, an unknown optimizer, a model without gradient checkpointing.
+    Raises UserError for SyncBN without CUDA, an optimizer or schedule that cannot be built, and gradient checkpointing
+    that the model does not support.
     """
 
     def __init__(
@@ -87,14 +84,14 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the last update, before the factors of layers and path weights."""
+        """Learning rate of the last step, before the factors of layers and path weights."""
         group = self.optimizer.param_groups[0]
         return float(group["lr"]) / float(group.get("lr_scale", 1.0))
 
     def gradients(self, batches: Sequence["Batch"], step: int) -> Tensor:
-        """Accumulate the gradients of update `step` (from 1); returns the micro-batches' losses, float64, (M,).
+        """Accumulate the gradients of a step (counted from 1); returns the micro-batches' losses, float64, (M,).
 
-        Whatever is random in it (mixup, drop path, dropout) follows from (seed, step, rank, micro-batch) alone.
+        All that is random (mixup, drop path, dropout) is seeded from (seed, step, rank, micro-batch) alone.
         """
         losses = []
         for micro, batch in enumerate(batches):
@@ -107,25 +104,20 @@ class Learner:
         return torch.stack(losses)
 
     def loss(self, batch: "Batch", step: int, micro: int = 0) -> Tensor:
-        """The loss of one micro-batch of update `step`, a scalar to differentiate."""
+        """The loss of one micro-batch of a step, a scalar to differentiate."""
         seed_step(self.config.run.seed, step, self.dist.rank, micro)
-        images = batch.images.to(self.dist.device, non_blocking=True)
-        targets = batch.targets.to(self.dist.device, non_blocking=True)
-        if self.mixing is not None:
-            images, targets = self.mixing(images, targets)
-        if self.config.precision.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images, targets = network_inputs(batch, self.config.precision, self.dist.device, self.mixing)
         with autocast(self.config.precision, self.dist.device):
             losses = self._losses(self._runner(images), targets)
         if not batch.errors:
             return losses.mean()
-        valid = batch.valid.to(losses)  # images that could not be read stand in the batch, but not in the loss
+        valid = batch.valid.to(losses)  # 0 where another image stands in for one that cannot be read
         return (losses * valid).sum() / valid.sum().clamp(min=1)
 
     def update(self, step: int, *, measure: bool = False) -> Tensor | None:
-        """Apply the accumulated gradients as update `step`; returns their norm before clipping.
+        """Take a step (counted from 1) with the accumulated gradients; returns their norm before clipping.
 
-        The norm is returned where clipping computes it or `measure` asks for it, else None.
+        The norm is None unless clipping is on or `measure` asks for it.
         """
         self.scheduler.step_update(step - 1)
         norm = None
@@ -133,7 +125,7 @@ class Learner:
         if clip is not None or measure:
             self.scaler.unscale_(self.optimizer)
             norm = self._clip(clip, mode)
-        self.scaler.step(self.optimizer)
+        self._step_optimizer()
         self.scaler.update()
         self.discard()
         if self.ema is not None:
@@ -160,12 +152,16 @@ class Learner:
         }
 
     def load(self, model: dict[str, Tensor], ema: dict[str, Tensor] | None, training: dict[str, Any]) -> None:
-        """Restore a checkpoint's state; the schedule needs none. UserError when it is another network's."""
+        """Restore a checkpoint's state; the schedule has none. Hyperparameters stay as the config says now.
+
+        Raises UserError when the checkpoint does not fit the network or the optimizer.
+        """
         try:
             self.model.load_state_dict(model)
             if self.ema is not None:
                 self.ema.module.load_state_dict(model if ema is None else ema)
-            _load_optimizer(self.optimizer, training["optimizer"])
+            groups = parameter_groups(self.model, self.config.optimizer)
+            load_optimizer(self.optimizer, training["optimizer"], groups)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"the checkpoint does not fit this model or optimizer: {error}") from None
         if training["scaler"]:
@@ -173,10 +169,20 @@ class Learner:
         self.ema_updates = training["ema_updates"]
 
     def _synchronise(self, last: bool) -> Any:
-        """Ranks exchange gradients with the last micro-batch of an update only."""
+        """Ranks exchange gradients with the last micro-batch of a step only."""
         if last or not isinstance(self._runner, DistributedDataParallel):
             return nullcontext()
         return self._runner.no_sync()
+
+    def _step_optimizer(self) -> None:
+        try:
+            self.scaler.step(self.optimizer)
+        except KeyError as error:
+            raise UserError(
+                f"the optimizer's state in the checkpoint has no {error}, which {self.config.optimizer.name} needs as "
+                "it is configured now; give optimizer.name and optimizer.kwargs as they were, or start a new run from "
+                "its weights with model.checkpoint"
+            ) from error
 
     def _clip(self, clip: float | None, mode: str) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -191,26 +197,18 @@ class Learner:
 
 
 def seed_step(seed: int, step: int, rank: int, micro: int) -> None:
-    """Seed torch, numpy and Python for one micro-batch of one update on one rank."""
+    """Seed torch, numpy and Python for one micro-batch of one step on one rank."""
     value = stream_seed("step", seed, step, rank, micro)
     seed_generators(value)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(value)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load momenta and counters; weight decay, momentum and factors stay as the config says now."""
-    wanted = [{key: group[key] for key in _FROM_CONFIG if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, wanted, strict=True):
-        group.update(values)
-
-
 def _prepare(model: nn.Module, config: Config, dist: Distributed) -> nn.Module:
     precision = config.precision
     if precision.grad_checkpointing:
         try:
-            getattr(model, "set_grad_checkpointing", _refuse)(True)
+            getattr(model, "set_grad_checkpointing", _no_checkpointing)(True)
         except AssertionError:
             raise UserError(f"precision.grad_checkpointing: {config.model.name} does not support it") from None
     if precision.sync_bn and dist.world_size > 1:
@@ -223,11 +221,10 @@ def _prepare(model: nn.Module, config: Config, dist: Distributed) -> nn.Module:
 
 
 def _wrap(model: nn.Module, dist: Distributed) -> DistributedDataParallel:
-    """Buffers travel before evaluations and saves only: in training no rank reads its running statistics."""
+    """DDP that leaves the buffers to `share_buffers`: in training no rank reads its running statistics."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="`broadcast_buffers` is deprecated"
-        )  # its heir is newer than our floor
+        # its replacement needs a newer torch than the oldest we support
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         return DistributedDataParallel(
             model,
             device_ids=[dist.local_rank] if dist.device.type == "cuda" else None,
@@ -241,8 +238,8 @@ def _need_compiler(device: torch.device) -> None:
         raise UserError("precision.compile needs a C++ compiler on the CPU; install g++ or set it to false")
 
 
-def _refuse(enable: bool) -> None:
-    """Stands in for what a model lacks; timm's models without checkpointing raise AssertionError too."""
+def _no_checkpointing(enable: bool) -> None:
+    """Used for models without set_grad_checkpointing; timm's that do not support it raise AssertionError too."""
     raise AssertionError
 
 

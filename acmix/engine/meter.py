@@ -20,10 +20,10 @@ class Speed(TypedDict):
 
 
 class Meter:
-    """Times updates; evaluations and saves are left out by calling `restart` after them.
+    """Times steps; evaluations and saves are left out by calling `restart` after them.
 
     Args:
-        global_batch: images per update over all ranks.
+        global_batch: images per step over all ranks.
         device: where the model is, for the memory figure.
     """
 
@@ -36,7 +36,7 @@ class Meter:
         """Begin a new window now."""
         self._since = time.perf_counter()
         self._waited = 0.0
-        self._updates = 0
+        self._steps = 0
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
         """Pass items on, counting the time it takes to get each as waiting for data."""
@@ -51,18 +51,18 @@ class Meter:
             yield item
 
     def count(self) -> None:
-        """Count an update."""
-        self._updates += 1
+        """Count a step."""
+        self._steps += 1
 
-    def read(self, updates_left: int) -> Speed:
+    def read(self, steps_left: int) -> Speed:
         """The figures of this window, which ends here."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
-        seconds_per_update = elapsed / max(self._updates, 1)
+        seconds_per_step = elapsed / max(self._steps, 1)
         speed = Speed(
-            images_per_second=round(self._updates * self.global_batch / elapsed, 3),
+            images_per_second=round(self._steps * self.global_batch / elapsed, 3),
             data_wait=round(self._waited / elapsed, 4),
             memory_gib=round(self._peak_bytes() / 2**30, 3),
-            eta_seconds=round(updates_left * seconds_per_update, 1),
+            eta_seconds=round(steps_left * seconds_per_step, 1),
         )
         self.restart()
         return speed

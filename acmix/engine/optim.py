@@ -1,6 +1,7 @@
 """Optimizer and learning-rate schedule, both timm's; the parameter groups know about path weights."""
 
 import inspect
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,14 +13,18 @@ from timm.optim import (
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler, TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from acmix.config import OptimizerConfig, ScheduleConfig
+from acmix.engine.kwargs import checked_kwargs
 from acmix.errors import UserError
 
 PATH_WEIGHTS = ("alpha", "beta")
+_SCHEDULES = {"cosine": CosineLRScheduler, "tanh": TanhLRScheduler, "poly": PolyLRScheduler}
+_NAMES_IN_CLASS = {"noise": "noise_range_t", "decay_rate": "power"}
+"""Arguments of timm's schedule factory that its classes call otherwise."""
 
 
 def peak_lr(config: OptimizerConfig, global_batch: int) -> float:
@@ -64,40 +69,96 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int) -> torch.optim.Optimizer:
     """The timm optimizer of the config.
 
-    Raises UserError for a name timm does not know (with the nearest one) and for `betas` or `eps` where the
-    optimizer has none.
+    Raises UserError for a name timm does not know (with the nearest one), for `betas`, `eps` or `kwargs` that the
+    optimizer does not take, and for values that it refuses.
     """
     if config.name.lower() not in list_optimizers():
         nearest = get_close_matches(config.name.lower(), list_optimizers(), n=1, cutoff=0.0)[0]
         raise UserError(f"optimizer.name: timm has no optimizer {config.name!r}; did you mean {nearest}?")
-    extra = {key: value for key in ("betas", "eps") if (value := getattr(config, key)) is not None}
-    accepted = inspect.signature(get_optimizer_class(config.name, bind_defaults=False)).parameters
-    for key in extra:
-        if key not in accepted:
-            raise UserError(f"optimizer.{key}: the optimizer {config.name} has no {key}; leave it out")
-    return create_optimizer_v2(
-        model,
-        opt=config.name,
-        lr=peak_lr(config, global_batch),
-        momentum=config.momentum,
-        param_group_fn=lambda module: parameter_groups(module, config),
-        **extra,
-    )
+    try:
+        accepted = inspect.signature(get_optimizer_class(config.name, bind_defaults=False)).parameters
+        arguments: dict[str, Any] = {
+            "opt": config.name,
+            "lr": peak_lr(config, global_batch),
+            "momentum": config.momentum,
+            **_betas_and_eps(config, accepted),
+            **checked_kwargs("optimizer", config, {key: accepted[key] for key in accepted if key != "params"}),
+        }
+        optimizer = create_optimizer_v2(model, param_group_fn=lambda net: parameter_groups(net, config), **arguments)
+        if config.kwargs:  # some that do not fit fail at the first step only
+            _try_step(next(model.parameters()).device, arguments)
+    except (ArithmeticError, AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        where = "optimizer.kwargs" if config.kwargs else "optimizer"
+        raise UserError(f"{where}: {config.name} cannot work with these values: {error}") from error
+    return optimizer
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Load a checkpoint's state into an optimizer, which keeps what its config says now.
+
+    Each parameter group keeps the entries that the config determines: those of `groups`, the groups that the optimizer
+    was built from, and those named like an argument of its constructor. The rest is what the optimizer evolves, such as
+    a count of steps, and comes from the checkpoint; so does the learning rate, which the schedule sets at every step.
+
+    Raises ValueError or KeyError when the state is of another network.
+    """
+    own = {key for group in groups for key in group} | inspect.signature(type(optimizer)).parameters.keys()
+    kept = (own | {"initial_lr"}) - {"params", "lr"}
+    saved_groups = state["param_groups"]
+    if len(saved_groups) != len(optimizer.param_groups):
+        raise ValueError(f"its parameters are in {len(saved_groups)} groups, now in {len(optimizer.param_groups)}")
+    merged = [
+        {key: value for key, value in saved.items() if key not in kept}
+        | {key: value for key, value in group.items() if key in kept}
+        for saved, group in zip(saved_groups, optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": merged})
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Scheduler:
-    """timm's schedule, stepped per update: `step_update(n)` sets the learning rate that update n + 1 uses.
+    """timm's schedule, advanced by every step: `step_update(n)` sets the learning rate of step n + 1.
 
-    It holds no state of its own: the rate follows from the number of updates alone.
+    It holds no state of its own: the rate follows from the number of the step alone. Raises UserError for `kwargs`
+    that the schedule does not take.
     """
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.name,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # timm multiplies it; a fraction is fine
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.name,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # timm multiplies it; a fraction is fine
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **checked_kwargs("schedule", config, _schedule_arguments(config.name)),
+        )
+        if config.kwargs:  # some that do not fit fail only when a rate is asked for
+            for step in (config.epochs * updates_per_epoch - 1, 0):
+                scheduler.step_update(step)
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"schedule.kwargs: {config.name} cannot work with these values: {error}") from error
     return scheduler
+
+
+def _try_step(device: torch.device, arguments: dict[str, Any]) -> None:
+    parameter = nn.Parameter(torch.ones(2, 2, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    create_optimizer_v2([parameter], **arguments).step()
+
+
+def _betas_and_eps(config: OptimizerConfig, accepted: Collection[str]) -> dict[str, Any]:
+    given = {key: value for key in ("betas", "eps") if (value := getattr(config, key)) is not None}
+    for key in given:
+        if key not in accepted:
+            raise UserError(f"optimizer.{key}: the optimizer {config.name} has no {key}; leave it out")
+    return given
+
+
+def _schedule_arguments(name: str) -> dict[str, inspect.Parameter]:
+    """The arguments of timm's factory that the schedule `name` makes use of."""
+    factory = inspect.signature(create_scheduler_v2).parameters
+    used = inspect.signature(_SCHEDULES[name]).parameters
+    return {key: factory[key] for key in factory if _NAMES_IN_CLASS.get(key, key) in used and key != "optimizer"}

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class Progress:
     """How far a run is; saved with every checkpoint as JSON.
 
-    step: updates so far; epoch: the epoch in work, from 0; update_in_epoch: its updates so far; best: the evaluation
-    with the highest top-1 so far; history: every evaluation; skipped: updates left out for a loss that was not finite;
-    unread: images of this epoch left out because they cannot be read.
+    step: steps taken so far; epoch: the current epoch, from 0; update_in_epoch: the steps taken of it; best: the
+    evaluation with the highest top-1 so far; history: every evaluation; skipped: steps left out because their loss was
+    not finite; unread: images of this epoch left out because they cannot be read.
     """
 
     step: int = 0

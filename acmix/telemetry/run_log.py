@@ -6,9 +6,10 @@ never disagree, a value is there once for each tag and step, and whatever a kill
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,8 +18,19 @@ from acmix.telemetry.lines import end_line, eval_line, paths_line, start_lines, 
 from acmix.telemetry.paths import PathRow
 from acmix.telemetry.record import Record
 
-Item = TypeVar("Item")
 Row = Mapping[str, Any]
+
+
+class ProgressBar:
+    """Told of each step that is done; None shows nothing."""
+
+    def __init__(self, bar: "tqdm[Any] | None") -> None:
+        self._bar = bar
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
 
 
 class RunLog:
@@ -93,15 +105,16 @@ class RunLog:
                 else:
                     self._bar.write(text, file=sys.stdout)
 
-    def progress(self, items: Iterable[Item], *, total: int, initial: int = 0, description: str = "") -> Iterable[Item]:
-        """Pass `items` on, under a tqdm bar if stdout is a terminal; elsewhere the plain lines are the progress."""
+    @contextmanager
+    def progress_bar(self, *, total: int, initial: int = 0, description: str = "") -> Iterator[ProgressBar]:
+        """A bar for `total` steps of which `initial` are done; silent unless stdout is a terminal: lines are shown."""
         if not (self.enabled and sys.stdout.isatty()):
-            yield from items
+            yield ProgressBar(None)
             return
-        with tqdm(items, desc=description, total=total, initial=initial, file=sys.stdout, leave=False) as bar:
+        with tqdm(desc=description, total=total, initial=initial, file=sys.stdout, leave=False) as bar:
             self._bar = bar
             try:
-                yield from bar
+                yield ProgressBar(bar)
             finally:
                 self._bar = None
 

@@ -272,6 +272,8 @@ def test_files_that_are_no_config_are_refused(tmp_path: Path) -> None:
         ("data.batch_size=-4", "data.batch_size: must be at least 1, got -4"),
         ("precision.amp=fp8", "precision.amp: must be one of 'none', 'bf16', 'fp16', got 'fp8'"),
         ("model.kwargs.a.b=.nan", "model.kwargs.a.b: must be a finite number"),
+        ("optimizer.kwargs.a.b=.nan", "optimizer.kwargs.a.b: must be a finite number"),
+        ("schedule.kwargs=1", "schedule.kwargs: must be a mapping"),
         ("run.dir=!!python/name:os.system", "the tag !!python/name:os.system is refused"),
         ("augment.auto_augment=random", "augment.auto_augment: is not of a valid form, like rand-m9"),
         ("run.name=../elsewhere", "run.name: is not of a valid form"),
@@ -290,10 +292,12 @@ def test_overrides_reach_every_level_and_are_refused_twice(tmp_path: Path) -> No
     path = tmp_path / "base.yaml"
     path.write_text(BASE)
     config = load_config(
-        path, ["model.kwargs.stem=cifar", "model.kwargs.opts.deep=[1, 2]", "run.dir=a=b", "ema.decay=0.9"]
+        path,
+        ["model.kwargs.stem=cifar", "model.kwargs.opts.deep=[1, 2]", "optimizer.kwargs.nesterov=true", "run.dir=a=b"],
     )
     assert config.model.kwargs == {"stem": "cifar", "opts": {"deep": [1, 2]}}
-    assert (config.run.dir, config.ema.decay) == ("a=b", 0.9)
+    assert config.optimizer.kwargs == {"nesterov": True}
+    assert config.run.dir == "a=b"
     with pytest.raises(UserError, match=r"command line: run.seed: duplicate key"):
         load_config(path, ["run.seed=1", "run.seed=2"])
 

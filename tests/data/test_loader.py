@@ -12,7 +12,7 @@ import torch
 
 from acmix.config import Config
 from acmix.data.images import BadImage
-from acmix.data.loader import Batch, SkippedImages, build_data, build_val, resolve_num_classes
+from acmix.data.loader import Batch, build_data, build_val, resolve_num_classes
 from acmix.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -209,14 +209,6 @@ def test_validation_never_leaves_an_image_out(
     data = build_data(config)
     with pytest.raises(UserError, match=rf"{bad} \(class dog\): .*; validation counts every"):
         list(data.val)
-
-
-def test_too_many_skipped_images_stop_the_run(make_config: MakeConfig) -> None:
-    skipped = SkippedImages(make_config(data__max_errors=3), count=1)
-    skipped.add(2)
-    assert skipped.count == 3
-    with pytest.raises(UserError, match=r"4 images of this epoch .* data.max_errors \(3\)"):
-        skipped.add(1)
 
 
 def test_a_label_out_of_range_is_an_error_without_a_workers_traceback(make_config: MakeConfig) -> None:

@@ -12,6 +12,7 @@ from acmix.config import Config
 from acmix.data.loader import Batch
 from acmix.data.transforms import build_mixup
 from acmix.engine.learner import Learner, seed_step
+from acmix.errors import UserError
 from acmix.process.distributed import Distributed
 
 CLASSES = 5
@@ -200,12 +201,67 @@ def test_state_restores_the_very_next_update(build: Build) -> None:
         assert torch.equal(one, other)
 
 
-def test_changed_weight_decay_counts_from_the_resume_on(build: Build) -> None:
-    original, restored = build(), build(optimizer={"name": "momentum", "lr": 0.1, "weight_decay": 0.5})
-    original.gradients([make_batch(8)], 1)
-    original.update(1)
-    restored.load(original.model.state_dict(), None, original.training_state())
-    assert 0.5 in [group["weight_decay"] for group in restored.optimizer.param_groups]
+def after_steps(learner: Learner, steps: int) -> Learner:
+    for step in range(1, steps + 1):
+        learner.gradients([make_batch(8, seed=step)], step)
+        learner.update(step)
+    return learner
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "before", "now"),
+    [
+        ("sgd", "weight_decay", 0.1, 0.5),
+        ("sgd", "momentum", 0.9, 0.5),
+        ("sgd", "kwargs", {}, {"nesterov": False}),
+        ("adamw", "betas", (0.9, 0.999), (0.8, 0.9)),
+        ("adamw", "eps", 1e-8, 1e-4),
+        ("adamw", "kwargs", {"maximize": True}, {}),
+        ("lion", "betas", (0.9, 0.99), (0.5, 0.6)),
+        ("lion", "kwargs", {}, {"caution": True}),
+        ("adan", "kwargs", {"no_prox": True}, {"no_prox": False}),
+    ],
+)
+def test_a_hyperparameter_changed_at_a_resume_counts_from_the_next_step(
+    name: str, key: str, before: object, now: object, build: Build
+) -> None:
+    """State from the checkpoint, hyperparameter from the config: as if it had been set between two steps of one run."""
+    base = {"name": name, "lr": 0.01}
+    original = after_steps(build(optimizer={**base, key: before}), 2)
+    resumed = build(optimizer={**base, key: now})
+    changed = {key} if key != "kwargs" else {*before, *now}  # type: ignore[misc]
+    as_built = [dict(group) for group in resumed.optimizer.param_groups]
+    for group, wanted in zip(original.optimizer.param_groups, as_built, strict=True):
+        differs = {entry for entry in wanted if entry != "params" and group[entry] != wanted[entry]} - {"lr"}
+        assert differs == changed or (key == "weight_decay" and not differs), "biases never decay"
+    resumed.load(original.model.state_dict(), None, deepcopy(original.training_state()))
+    for group, wanted in zip(original.optimizer.param_groups, as_built, strict=True):
+        group.update({entry: wanted[entry] for entry in changed})
+    for learner in (original, resumed):
+        learner.gradients([make_batch(8, seed=3)], 3)
+        learner.update(3)
+    assert torch.equal(weights(original), weights(resumed))
+
+
+@pytest.mark.parametrize("name", ["adan", "lamb"])
+def test_what_an_optimizer_keeps_in_its_groups_comes_from_the_checkpoint(name: str, build: Build) -> None:
+    original = after_steps(build(optimizer={"name": name, "lr": 0.01}), 2)
+    resumed = build(optimizer={"name": name, "lr": 0.01, "weight_decay": 0.5})
+    resumed.load(original.model.state_dict(), None, original.training_state())
+    assert [group["step"] for group in resumed.optimizer.param_groups] == [2, 2]
+    assert 0.5 in [group["weight_decay"] for group in resumed.optimizer.param_groups]
+
+
+def test_state_that_the_optimizer_cannot_use_is_refused(build: Build) -> None:
+    original = after_steps(build(optimizer={"name": "adamw", "lr": 0.01}), 1)
+    resumed = build(optimizer={"name": "adamw", "lr": 0.01, "kwargs": {"amsgrad": True}})
+    resumed.load(original.model.state_dict(), None, original.training_state())
+    resumed.gradients([make_batch(8)], 2)
+    with pytest.raises(UserError, match=r"has no 'max_exp_avg_sq', which adamw needs .* optimizer\.kwargs"):
+        resumed.update(2)
+    undecayed = build(optimizer={"name": "adamw", "lr": 0.01, "weight_decay": 0.0})
+    with pytest.raises(UserError, match="does not fit this model or optimizer: its parameters are in 2 groups, now in"):
+        undecayed.load(original.model.state_dict(), None, original.training_state())
 
 
 @pytest.mark.slow

@@ -109,3 +109,61 @@ def test_unknown_optimizer_is_refused_with_the_nearest_name() -> None:
 def test_betas_are_refused_where_the_optimizer_has_none() -> None:
     with pytest.raises(UserError, match=r"optimizer\.betas: the optimizer sgd has no betas"):
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(name="sgd", betas=(0.9, 0.99)), global_batch=4)
+
+
+def test_kwargs_reach_the_optimizer_with_lists_as_tuples() -> None:
+    config = OptimizerConfig(name="cmars", kwargs={"gamma": 0.5, "betas_1d": [0.8, 0.9]})
+    group = build_optimizer(nn.Linear(2, 2), config, global_batch=4).param_groups[0]
+    assert (group["gamma"], group["betas_1d"]) == (0.5, (0.8, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        (
+            "sgd",
+            {"nestrov": True},
+            ".nestrov: sgd takes no such argument; nearest valid key: optimizer.kwargs.nesterov",
+        ),
+        ("sgd", {"params": []}, ".params: sgd takes no such argument"),
+        ("sgd", {"lr": 1.0}, ".lr: has a key of its own: optimizer.lr"),
+        ("adamw", {"betas": [0.9, 0.99]}, ".betas: has a key of its own: optimizer.betas"),
+        ("sgd", {"nesterov": "yes"}, ".nesterov: 'yes' does not fit sgd: Input should be a valid boolean"),
+        ("sgdp", {"nesterov": 1}, ".nesterov: 1 does not fit sgdp"),  # has no annotation, only a default
+        ("adamw", {"fused": True, "foreach": True}, ": adamw cannot work with these values: `fused` and `foreach`"),
+        ("adamw", {"capturable": True}, ": adamw cannot work with these values: "),  # on a CPU fails at a step
+    ],
+)
+def test_optimizer_kwargs_that_do_not_fit_are_refused_by_key(name: str, kwargs: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_optimizer(nn.Linear(2, 2), OptimizerConfig(name=name, kwargs=kwargs), global_batch=4)
+    assert str(caught.value).startswith(f"optimizer.kwargs{message}")
+
+
+def test_kwargs_reach_the_schedule() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    config = ScheduleConfig(name="poly", epochs=10, kwargs={"decay_rate": 2})
+    scheduler = build_scheduler(optimizer, config, updates_per_epoch=4)
+    rates = []
+    for update in range(40):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([(1 - update / 40) ** 2 for update in range(40)])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"kdecay": 2}, ".kdecay: cosine takes no such argument; nearest valid key: schedule.kwargs.k_decay"),
+        ({"decay_rate": 2}, ".decay_rate: cosine takes no such argument"),  # timm's factory takes and ignores it
+        ({"warmup_epochs": 1}, ".warmup_epochs: has a key of its own: schedule.warmup_epochs"),
+        ({"num_epochs": 1}, ".num_epochs: has a key of its own: schedule.epochs"),
+        ({"cycle_limit": 1.5}, ".cycle_limit: 1.5 does not fit cosine: Input should be a valid integer"),
+        ({"noise": []}, ": cosine cannot work with these values: "),
+    ],
+)
+def test_schedule_kwargs_that_do_not_fit_are_refused_by_key(kwargs: dict, message: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(UserError) as caught:
+        build_scheduler(optimizer, ScheduleConfig(epochs=4, warmup_epochs=1.0, kwargs=kwargs), updates_per_epoch=5)
+    assert str(caught.value).startswith(f"schedule.kwargs{message}")

@@ -4,6 +4,7 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -166,12 +167,36 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     log = RunLog(tmp_path / "run", enabled=False)
     log.start({})
     train(log, range(1, 3))
-    assert list(log.progress([1, 2], total=2)) == [1, 2]
+    with log.progress_bar(total=2) as bar:
+        bar.advance()
     log.sync()
     log.end({"step": 2})
     log.close()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_bar_of_the_first_rank_moves_on_a_terminal(
+    enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with open(terminal, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        log = RunLog(tmp_path, enabled=enabled)
+        with log.progress_bar(total=5, initial=2, description="epoch 1/2") as bar:
+            bar.advance()
+            log.line("above the bar")
+        log.close()
+        stdout.flush()
+        os.set_blocking(outside, False)
+        shown = os.read(outside, 1 << 16).decode() if enabled else ""
+        assert ("epoch 1/2" in shown, "2/5" in shown, "3/5" in shown, "above the bar" in shown) == (enabled,) * 4
+        if not enabled:
+            with pytest.raises(BlockingIOError):
+                os.read(outside, 1)
+    os.close(outside)
 
 
 def test_lines_name_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
