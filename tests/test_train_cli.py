@@ -98,6 +98,7 @@ def test_bad_config_is_refused(case: str, train: Train, tmp_path: Path) -> None:
         (["model.num_classes=7"], ["model.num_classes", "7", "10"]),
         (["data.dataset=folder", "data.root=nowhere"], ["nowhere"]),
         (["optimizer.name=sdg"], ["optimizer.name", "sgd"]),
+        (["run.probes=[path]"], ["run.probes", "nearest: paths", "all: paths"]),
         (["model.checkpoint=nowhere.pth"], ["nowhere.pth"]),
         (["--resume", "nowhere"], ["--resume", "nowhere"]),
         (["--resume"], ["--resume", "expected one argument"]),

@@ -19,6 +19,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 Pair = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Field(strict=False)]
 Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(strict=False, min_length=2, max_length=3)]
+Names = Annotated[tuple[Text, ...], Field(strict=False)]
 Mean = Annotated[tuple[Probability, Probability, Probability], Field(strict=False)]
 _Std = Annotated[float, Field(gt=0, le=1)]
 Std = Annotated[tuple[_Std, _Std, _Std], Field(strict=False)]
@@ -174,6 +175,7 @@ class RunConfig(_Section):
     seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] = Field(default=0, description="Seed of everything random.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA if there is any.")
     log_every: Positive = Field(default=50, description="Updates from one logged line to the next.")
+    probes: Names = Field(default=("paths",), description="What to measure of the model as it trains; []: nothing.")
     checkpoint_every: Count = Field(
         default=0, description="Updates from one checkpoint to the next; 0: each epoch only."
     )

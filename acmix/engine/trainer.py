@@ -27,7 +27,7 @@ from acmix.process.environment import describe
 from acmix.process.exits import DONE, REQUEUE
 from acmix.process.program import ReportedElsewhere, RunFailure
 from acmix.process.signals import StopSignals
-from acmix.telemetry.paths import path_layers
+from acmix.telemetry.probes import find_probes
 
 
 class Trainer:
@@ -39,6 +39,8 @@ class Trainer:
         data: the training and validation loaders.
         session: this attempt's processes, run folder, log and checkpoints; opened before `fit`.
         signals: stop requests.
+
+    Raises UserError for a probe that does not exist.
     """
 
     def __init__(self, config: Config, learner: Learner, data: Data, session: Session, signals: StopSignals) -> None:
@@ -50,6 +52,7 @@ class Trainer:
         self.signals = signals
         self.progress = Progress()
         self.meter = Meter(data.train.global_batch, self.dist.device)
+        self.probes = find_probes(config.run.probes)
         self.updates_per_epoch = data.train.updates_per_epoch
         whole = config.schedule.epochs * self.updates_per_epoch
         self.total_updates = min(whole, config.schedule.steps or whole)
@@ -149,6 +152,8 @@ class Trainer:
         self.meter.count()
         if log_row and not verdict.bad_ranks:
             self._log_train(verdict.loss, norm)
+        else:
+            self._log_paths(logged=False)
         return verdict
 
     def _finish_epoch(self) -> bool:
@@ -210,9 +215,14 @@ class Trainer:
         )
         self._log_paths(echo=True)
 
-    def _log_paths(self, *, echo: bool = False) -> None:
-        if self.dist.is_main:
-            self.session.log.paths(self.progress.step, path_layers(self.learner.model), echo=echo)
+    def _log_paths(self, *, echo: bool = False, logged: bool = True) -> None:
+        """Log what the probes measure: all of them with `echo`, else those that are due at this step."""
+        if not self.dist.is_main:
+            return
+        step = self.progress.step
+        for probe in self.probes:
+            if echo or probe.is_due(step, logged=logged):
+                self.session.log.probe(probe.name, step, probe.rows(self.learner.model), echo=echo)
 
     def _agree(self, *, loss: float = 0.0, bad: bool = False, unread: int = 0) -> Verdict:
         """The collective of a step boundary. A rank that cannot go on (a save failed) ends all of them here."""
