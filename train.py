@@ -76,12 +76,12 @@ def train(config: "Config", choice: "RunChoice", signals: StopSignals, *, dry_ru
         model = dist.all_or_none(build_model)
         mixing = build_mixup(config, data.num_classes)
         learner = dist.all_or_none(lambda: Learner(config, model, dist, data.train, mixing=mixing))
+        trainer = dist.all_or_none(lambda: Trainer(config, learner, data, session, signals))
         if dry_run:
             lines = plan(config, learner, data)
             if dist.is_main:
                 print("\n".join(lines))
             return 0
-        trainer = Trainer(config, learner, data, session, signals)
         if snapshot is not None:
             dist.all_or_none(lambda: trainer.resume(snapshot))
         session.open(data.classes, trainer.progress.step)

@@ -19,6 +19,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 RunName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$", max_length=200)]
+Names = Annotated[tuple[Text, ...], Field(strict=False)]
 AutoAugment = Annotated[str, Field(pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+[0-9]*(\.[0-9]+)?)*$")]
 Pair = Annotated[tuple[AboveZero, AboveZero], Field(strict=False)]
 Betas = Annotated[tuple[BelowOne, ...], Field(strict=False, min_length=2, max_length=3)]
@@ -270,6 +271,9 @@ class RunConfig(_Section):
 
     log_every: Positive = 50
     """Updates from one logged line to the next."""
+
+    probes: Names = ("paths",)
+    """What to measure of the model as it trains; []: nothing."""
 
     checkpoint_every: Count = 0
     """Updates from one checkpoint to the next; 0: only after each epoch."""

@@ -28,7 +28,7 @@ from acmix.process.distributed import Verdict
 from acmix.process.environment import describe_run
 from acmix.process.program import DONE, REQUEUE, ReportedElsewhere
 from acmix.process.signals import StopSignals
-from acmix.telemetry.paths import path_layers
+from acmix.telemetry.probes import find_probes
 
 
 class Trainer:
@@ -40,6 +40,8 @@ class Trainer:
         data: the training and validation loaders.
         session: this attempt's processes, run folder, log and checkpoints; opened before `fit`.
         signals: stop requests.
+
+    Raises UserError for a probe that does not exist.
     """
 
     def __init__(self, config: Config, learner: Learner, data: Data, session: Session, signals: StopSignals) -> None:
@@ -53,6 +55,7 @@ class Trainer:
         self.meter = Meter(data.train.global_batch, self.dist.device)
         self.saver = Saver(session, self._snapshot)
         self.guard = NonFiniteGuard(config.run.skip_nonfinite, learner, session)
+        self.probes = find_probes(config.run.probes)
         self.steps_per_epoch = data.train.updates_per_epoch
         whole = config.schedule.epochs * self.steps_per_epoch
         self.total_steps = min(whole, config.schedule.steps or whole)
@@ -101,7 +104,7 @@ class Trainer:
                     stopped = True
                     break
                 improved = self._record_evaluation(metrics)
-            self._log_paths(echo=True)
+            self._log_probes(echo=True)
             if progress.update_in_epoch == self.steps_per_epoch:  # schedule.steps may end within an epoch
                 progress.epoch += 1
                 progress.update_in_epoch = progress.unread = 0
@@ -152,6 +155,8 @@ class Trainer:
         self.meter.count()
         if log_row and not verdict.bad_ranks:
             self._log_train(verdict.loss, norm)
+        else:
+            self._log_probes(logged=False)
         return verdict
 
     def _evaluation_due(self) -> bool:
@@ -188,7 +193,7 @@ class Trainer:
         if norm is not None:
             row["grad_norm"] = norm.item()
         self.session.log.train(row)
-        self._log_paths()
+        self._log_probes()
 
     def _log_start(self) -> None:
         self.session.log.start(
@@ -199,11 +204,16 @@ class Trainer:
                 **describe_run(self.dist.device, self.dist.world_size),
             }
         )
-        self._log_paths(echo=True)
+        self._log_probes(echo=True)
 
-    def _log_paths(self, *, echo: bool = False) -> None:
-        if self.dist.is_main:
-            self.session.log.paths(self.progress.step, path_layers(self.learner.model), echo=echo)
+    def _log_probes(self, *, echo: bool = False, logged: bool = True) -> None:
+        """Log what the probes measure: all of them with `echo`, else those that are due at this step."""
+        if not self.dist.is_main:
+            return
+        step = self.progress.step
+        for probe in self.probes:
+            if echo or probe.is_due(step, logged=logged):
+                self.session.log.probe(probe.name, step, probe.rows(self.learner.model), echo=echo)
 
     def _agree(self, *, loss: float = 0.0, bad: bool = False, unread: int = 0) -> Verdict:
         """The collective of every step. Where a save has failed on rank 0, all ranks end here."""

@@ -3,25 +3,24 @@
 import os
 import shutil
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
 
-from acmix.telemetry.record import Record, Row, read_rows
+from acmix.telemetry.layer_rows import LayerRows, measured, stage_means
+from acmix.telemetry.record import Record, Row, as_number, read_rows
 
 _NOT_CURVES = {"event", "time", "step", "epoch", "epochs", "steps", "count"}
 
 
 class Board:
-    """Shows rows as scalars: `train/*`, `eval/*`, `paths/alpha/STAGE/LAYER`, `paths/beta/STAGE/LAYER`, stage means.
+    """Shows rows as scalars: `train/*`, `eval/*`; of each probe `NAME/KEY/STAGE/LAYER` and `NAME/KEY/STAGE/mean`.
 
-    Event files found in `folder` are replaced by one made from the record: a kill leaves event files that lack the
-    last seconds, and a resume makes some of their values untrue. A full disk costs the view, never the run.
+    Event files found in `folder` are replaced by one made from the record: a kill leaves event files without the last
+    seconds, and a resumed run logs some of their steps again. A full disk stops TensorBoard, never the run.
     """
 
     def __init__(self, folder: Path, record: Record) -> None:
@@ -55,19 +54,19 @@ class Board:
     def _rebuild(self, record: Record) -> bool:
         """Put one event file made from the record in the place of all there are; False when there are none."""
         old = sorted(self._folder.glob("events.out.tfevents.*"))
-        workshop = self._folder.with_name(f".{self._folder.name}.tmp")
-        shutil.rmtree(workshop, ignore_errors=True)
+        temporary = self._folder.with_name(f".{self._folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
         if not old:
             return False
-        writer = FileWriter(str(workshop))
+        writer = FileWriter(str(temporary))
         for row in read_rows(record.path):
             _add(writer, row)
         writer.close()
-        (new,) = workshop.iterdir()
+        (new,) = temporary.iterdir()
         os.replace(new, old[0])
         for stale in old[1:]:
             stale.unlink()
-        workshop.rmdir()
+        temporary.rmdir()
         return True
 
     def _give_up(self, error: OSError) -> None:
@@ -84,31 +83,20 @@ def _add(writer: FileWriter, row: Row) -> None:
 
 
 def _scalars(row: Row) -> Iterator[tuple[str, float]]:
-    if row["event"] in ("train", "eval"):
+    event = row["event"]
+    if "layers" in row:
+        yield from _layer_scalars(event, row["layers"])
+    elif event in ("train", "eval"):
         for key, value in row.items():
-            number = _number(value)
+            number = as_number(value)
             if key not in _NOT_CURVES and number is not None:
-                yield f"{row['event']}/{key}", number
-    elif row["event"] == "paths":
-        yield from _path_scalars(row["layers"])
+                yield f"{event}/{key}", number
 
 
-def _path_scalars(layers: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float]]:
-    for path in ("alpha", "beta"):
-        stages: dict[int, list[float]] = defaultdict(list)
-        for layer in layers:
-            value = float(layer[path])
-            stages[layer["stage"]].append(value)
-            yield f"paths/{path}/{layer['stage']}/{layer['layer']}", value
-        for stage, values in stages.items():
-            yield f"paths/{path}/{stage}/mean", sum(values) / len(values)
-
-
-def _number(value: Any) -> float | None:
-    """The float a JSON value stands for; "nan" and "inf" are how the record spells floats that are not finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
+def _layer_scalars(event: str, layers: LayerRows) -> Iterator[tuple[str, float]]:
+    for key, column in measured(layers).items():
+        for layer, value in zip(layers, column, strict=True):
+            if value is not None:
+                yield f"{event}/{key}/{layer['stage']}/{layer['layer']}", value
+        for stage, mean in stage_means(layers, column).items():
+            yield f"{event}/{key}/{stage}/mean", mean

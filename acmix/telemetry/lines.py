@@ -1,12 +1,12 @@
 """How the rows of a run read on a terminal or in a job's output."""
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from acmix.telemetry.paths import PathRow
+from acmix.telemetry.layer_rows import LayerRows, measured, stage_means
 
 Row = Mapping[str, Any]
 
@@ -38,15 +38,14 @@ def eval_line(row: Row) -> str:
     return f"{_where(row)}  evaluation: {accuracy}  loss {float(row['loss']):.4f}  ({row['count']:,} images)"
 
 
-def paths_line(step: int, layers: Sequence[PathRow]) -> str:
-    """The stage means of alpha and beta in one line."""
-    stages: dict[int, list[PathRow]] = defaultdict(list)
-    for layer in layers:
-        stages[layer["stage"]].append(layer)
-    means = (
-        f"stage {stage} {_mean(rows, 'alpha'):.3f}/{_mean(rows, 'beta'):.3f}" for stage, rows in sorted(stages.items())
+def probe_line(step: int, layers: LayerRows) -> str:
+    """The stage means of what a probe measured in one line."""
+    means = {key: stage_means(layers, column) for key, column in measured(layers).items()}
+    shown = (
+        f"stage {stage} " + "/".join(f"{by_stage.get(stage, math.nan):.3f}" for by_stage in means.values())
+        for stage in sorted({layer["stage"] for layer in layers})
     )
-    return f"step {step}  alpha/beta: " + "  ".join(means)
+    return f"step {step}  {'/'.join(means)}: " + "  ".join(shown)
 
 
 def end_line(run_dir: Path, row: Row) -> str:
@@ -60,7 +59,3 @@ def _where(row: Row) -> str:
     epoch = f"epoch {row['epoch']}" + (f"/{row['epochs']}" if "epochs" in row else "")
     step = f"step {row['step']}" + (f"/{row['steps']}" if "steps" in row else "")
     return f"{epoch}  {step}"
-
-
-def _mean(rows: Sequence[PathRow], path: str) -> float:
-    return sum(row["alpha"] if path == "alpha" else row["beta"] for row in rows) / len(rows)

@@ -41,17 +41,17 @@ class Record:
     def write(self, row: Mapping[str, Any]) -> Row | None:
         """Append a row, stamped with the time; returns it as written, or None if there is one of its event and step.
 
-        A step's path weights are logged with its loss, at the end of its epoch, and after a resume: once is enough.
+        Probes measure a step with its training row, at the end of its epoch and after a resume: one row is enough.
         """
         occasion = (row["event"], row["step"])
         if occasion in self._written:
             return None
         if row["event"] not in ("start", "end"):
             self._written.add(occasion)
-        plain: Row = {"event": row["event"], "time": round(time.time(), 3), **_plain(row)}
-        self._pending += json.dumps(plain, allow_nan=False).encode() + b"\n"
+        stamped: Row = {"event": row["event"], "time": round(time.time(), 3), **plain(row)}
+        self._pending += json.dumps(stamped, allow_nan=False).encode() + b"\n"
         self._flush()
-        return plain
+        return stamped
 
     def sync(self) -> None:
         """Force all rows to the disk; UserError when some cannot be written."""
@@ -85,7 +85,7 @@ class Record:
         self._pending, self._failing = b"", False
 
     def _cut(self) -> None:
-        """Rewrite the file without what a resumed run is about to do again."""
+        """Drop rows after keep_step and the `end` row; the resumed run logs them again."""
         if not self.path.exists():
             return
         keep = [row for row in read_rows(self.path) if row["event"] != "end" and row["step"] <= self.keep_step]
@@ -120,16 +120,23 @@ def _parse(line: bytes) -> Row | None:
     return row if sound and line.endswith(b"\n") else None
 
 
-def _plain(value: Any) -> Any:
-    """JSON's own types. A float that is not finite becomes "nan", "inf" or "-inf", which `float()` reads back."""
+def plain(value: Any) -> Any:
+    """A value in JSON's own types; a float that is not finite becomes "nan", "inf" or "-inf"."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if hasattr(value, "item"):  # tensors and numpy scalars
-        return _plain(value.item())
+        return plain(value.item())
     return str(value)
+
+
+def as_number(value: Any) -> float | None:
+    """The number that a value of a row stands for, those that `plain` made strings included; None for all others."""
+    if isinstance(value, str):
+        return float(value) if value in ("nan", "inf", "-inf") else None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -6,7 +6,7 @@ never disagree, a value is there once for each tag and step, and whatever a kill
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from acmix.telemetry.board import Board
-from acmix.telemetry.lines import end_line, eval_line, paths_line, start_lines, train_line
-from acmix.telemetry.paths import PathRow
-from acmix.telemetry.record import Record
+from acmix.telemetry.layer_rows import LayerRows
+from acmix.telemetry.lines import end_line, eval_line, probe_line, start_lines, train_line
+from acmix.telemetry.record import Record, plain
 
 Row = Mapping[str, Any]
 
@@ -39,8 +39,8 @@ class RunLog:
     Args:
         run_dir: the run folder; created if it is missing.
         enabled: whether this process writes.
-        resume_step: the update the run continues from. Rows of later steps, the `end` row and a line torn by a kill are
-            taken out of the record first, atomically. None, like 0, starts over: nothing an earlier attempt left stays.
+        resume_step: the step to resume from. Rows of later steps, the `end` row and a line torn by a kill are removed
+            from the record first, atomically. None, like 0, begins again: no row of an earlier attempt stays.
 
     A row is written whole with a single call to the operating system, so a kill loses none that a method returned
     from. When the disk is full, rows wait in memory, a warning says so once, and each later row tries again.
@@ -77,12 +77,13 @@ class RunLog:
             self._write("eval", row)
             self.line(eval_line(row))
 
-    def paths(self, step: int, layers: Sequence[PathRow], *, echo: bool = False) -> None:
-        """Alpha and beta of every block (`path_layers(model)`); with `echo` also the stage means on stdout."""
-        if self.enabled and layers:
-            self._write("paths", {"step": step, "layers": list(layers)})
+    def probe(self, name: str, step: int, rows: LayerRows, *, echo: bool = False) -> None:
+        """What the probe `name` measured after update `step`; with `echo` also its stage means on stdout."""
+        if self.enabled and rows:
+            layers = plain(rows)
+            self._write(name, {"step": step, "layers": layers})
             if echo:
-                self.line(paths_line(step, layers))
+                self.line(probe_line(step, layers))
 
     def event(self, name: str, row: Row) -> None:
         """Any other event worth a row, such as updates or images that were skipped; needs `step`."""

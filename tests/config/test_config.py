@@ -74,9 +74,9 @@ def out_of_range(field: dict[str, Any]) -> list[Any]:
         found += [""] if "minLength" in field or "pattern" in field else []
         found += ["not/valid"] if "pattern" in field else []
     elif field["type"] == "array":
-        items = field.get("prefixItems") or [field["items"]] * field["minItems"]
+        items = field.get("prefixItems") or [field["items"]] * field.get("minItems", 1)
         good = [0.5] * len(items)
-        found += [good[:-1], good * 4]
+        found += [good[:-1], good * 4] if "minItems" in field else []
         found += [[bad, *good[1:]] for bad in (*out_of_range(items[0]), *wrong_types(items[0]), None)]
     return found
 

@@ -4,7 +4,7 @@ import timm
 import torch
 
 from acmix import models
-from acmix.telemetry.paths import path_layers
+from acmix.telemetry.probes.paths import path_layers
 
 
 def test_plain_resnet26_is_the_papers_baseline() -> None:

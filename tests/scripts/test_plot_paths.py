@@ -45,7 +45,7 @@ def curve(axis: Any, index: int) -> np.ndarray:
 
 def test_one_run_shows_its_last_weights_against_depth(plot_paths: ModuleType, tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", range(0, 101, 10))
-    figure = plot_paths.draw(plot_paths.read_runs([run]))
+    figure = plot_paths.draw(plot_paths.read_runs([run], "paths"))
     weights, ratio = figure.axes[:2]
     np.testing.assert_allclose(curve(weights, 0), [0.6, 1.6, 2.6])
     np.testing.assert_allclose(curve(weights, 1), [0.25, 0.25, 0.25])
@@ -55,7 +55,7 @@ def test_one_run_shows_its_last_weights_against_depth(plot_paths: ModuleType, tm
 
 def test_several_runs_show_mean_and_standard_deviation(plot_paths: ModuleType, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(i), range(0, 101, 10), alpha=0.5 + 0.1 * i) for i in range(3)]
-    figure = plot_paths.draw(plot_paths.read_runs(runs))
+    figure = plot_paths.draw(plot_paths.read_runs(runs, "paths"))
     weights = figure.axes[0]
     np.testing.assert_allclose(curve(weights, 0), [0.7, 1.7, 2.7])
     band = weights.collections[0].get_paths()[0].vertices[:, 1]
@@ -65,7 +65,7 @@ def test_several_runs_show_mean_and_standard_deviation(plot_paths: ModuleType, t
 def test_unequal_lengths_compare_at_the_last_common_step(plot_paths: ModuleType, tmp_path: Path) -> None:
     short = write_run(tmp_path / "short", range(0, 51, 10))
     long = write_run(tmp_path / "long", range(0, 101, 25))
-    figure = plot_paths.draw(plot_paths.read_runs([short, long]))
+    figure = plot_paths.draw(plot_paths.read_runs([short, long], "paths"))
     np.testing.assert_allclose(curve(figure.axes[0], 0), [0.55, 1.55, 2.55])
     course = figure.axes[2]
     mean = course.get_lines()[0]
@@ -77,9 +77,35 @@ def test_unequal_lengths_compare_at_the_last_common_step(plot_paths: ModuleType,
 
 def test_a_path_without_weight_leaves_the_ratio_undefined_not_wrong(plot_paths: ModuleType, tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", range(0, 11, 10), alpha=1.0, beta=0.0)
-    ratio = plot_paths.draw(plot_paths.read_runs([run])).axes[1]
+    ratio = plot_paths.draw(plot_paths.read_runs([run], "paths")).axes[1]
     assert np.isnan(curve(ratio, 0)).all()
     assert any("not defined" in text.get_text() for text in ratio.texts)
+
+
+def write_probe(run: Path, *rows: list[dict[str, Any]]) -> Path:
+    """Add rows of a probe named weights to a run, at steps 0, 10, 20 and so on."""
+    with open(run / "metrics.jsonl", "a") as file:
+        for i, layers in enumerate(rows):
+            file.write(json.dumps({"event": "weights", "step": 10 * i, "layers": layers}) + "\n")
+    return run
+
+
+def test_any_other_probe_is_drawn_key_by_key(plot_paths: ModuleType, tmp_path: Path) -> None:
+    places = [{"layer": "a", "stage": 1}, {"layer": "b", "stage": 1}, {"layer": "c", "stage": 2}]
+    steps = [
+        [{**places[0], "rms": t + 1.0, "dead": 2}, {**places[1], "rms": t + 3.0}, {**places[2], "rms": "nan"}]
+        for t in range(3)
+    ]
+    run = write_probe(write_run(tmp_path / "a", range(0, 11, 10)), *steps)
+    figure = plot_paths.draw(plot_paths.read_runs([run], "weights"))
+    rms, dead, rms_course, dead_course = figure.axes
+    assert [axis.get_ylabel() for axis in figure.axes] == ["rms", "dead", "rms", "dead"]
+    np.testing.assert_array_equal(curve(rms, 0), [3, 5, np.nan])
+    np.testing.assert_array_equal(curve(dead, 0), [2, np.nan, np.nan])
+    np.testing.assert_array_equal(curve(rms_course, 0), [2, 3, 4])
+    np.testing.assert_array_equal(curve(dead_course, 0), [2, 2, 2])
+    assert figure.get_suptitle() == "acmix_resnet26: weights (1 run)"
+    assert plot_paths.main([str(run), "--probe", "weights", "--out", str(tmp_path / "weights.svg")]) == 0
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
@@ -99,6 +125,8 @@ def test_bad_input_is_one_message_and_leaves_nothing(
 ) -> None:
     run = write_run(tmp_path / "a", range(0, 11, 10))
     other = write_run(tmp_path / "b", range(0, 11, 10), stages=(1, 2, 3, 4))
+    place = {"layer": "a", "stage": 1, "rms": 1.0}
+    moved = write_probe(write_run(tmp_path / "moved", range(0, 11, 10)), [place], [{**place, "layer": "b"}])
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "metrics.jsonl").write_text('{"event": "start", "step": 0}\n')
@@ -109,6 +137,9 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         ([plain, "--out", out], "no ACmix blocks"),
         ([run, other, "--out", out], "picture of its own"),
         ([run, run, "--out", out], "given twice"),
+        ([run, "--probe", "rms", "--out", out], "probes it holds: paths"),
+        ([plain, "--probe", "rms", "--out", out], "probes it holds: none"),
+        ([moved, "--probe", "weights", "--out", out], "step 10 are not those of step 0"),
         ([run, "--out", tmp_path / "paths.gif"], ".png, .svg or .pdf"),
         ([run, "--out", tmp_path / "missing" / "paths.png"], "does not exist"),
     ]
@@ -118,7 +149,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         assert error.startswith("error: ")
         assert message in error
         assert len(error.splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "plain"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "moved", "plain"]
 
 
 def test_the_command_exits_2_without_a_traceback(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def points_on_board(run: Path) -> Counter[tuple[str, int]]:
 def train(log: RunLog, steps: range) -> None:
     for step in steps:
         log.train({"step": step, "epoch": 1, "loss": 1 / step, "lr": 0.1, "images_per_second": 100.0})
-        log.paths(step, LAYERS)
+        log.probe("paths", step, LAYERS)
 
 
 def test_rows_follow_the_contract(tmp_path: Path) -> None:
@@ -75,6 +75,35 @@ def test_tensorboard_has_the_tags_and_stage_means(tmp_path: Path) -> None:
     assert board.Scalars("paths/alpha/2/mean")[0].value == 0.75
 
 
+def test_any_probe_gets_tags_and_stage_means_of_the_numbers_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path)
+    rows = [
+        {"layer": "a", "stage": 1, "kind": "conv", "rms": torch.tensor(0.5), "dead": 3},
+        {"layer": "b", "stage": 1, "rms": 1.0},
+        {"layer": "c", "stage": 2, "rms": float("inf"), "fused": True},
+    ]
+    log.probe("weights", 4, rows, echo=True)
+    log.probe("nothing", 4, [])
+    log.close()
+    (row,) = rows_of(tmp_path)
+    assert (row["event"], row["step"], row["layers"][0]) == ("weights", 4, {**rows[0], "rms": 0.5})
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    shown = {tag: [(point.step, point.value) for point in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    assert shown == {
+        "weights/rms/1/a": [(4, 0.5)],
+        "weights/rms/1/b": [(4, 1.0)],
+        "weights/rms/2/c": [(4, float("inf"))],
+        "weights/rms/1/mean": [(4, 0.75)],
+        "weights/rms/2/mean": [(4, float("inf"))],
+        "weights/dead/1/a": [(4, 3.0)],
+        "weights/dead/1/mean": [(4, 3.0)],
+    }
+    assert capsys.readouterr().out == "step 4  rms/dead: stage 1 0.750/3.000  stage 2 inf/nan\n"
+
+
 def test_resume_drops_later_rows_and_keeps_one_value_for_each_tag_and_step(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log.start({})
@@ -84,7 +113,7 @@ def test_resume_drops_later_rows_and_keeps_one_value_for_each_tag_and_step(tmp_p
     for resume_step, last in ((6, 8), (7, 12)):
         log = RunLog(tmp_path, resume_step=resume_step)
         log.start({})
-        log.paths(resume_step, LAYERS)  # logged at every start: the record has this step already
+        log.probe("paths", resume_step, LAYERS)  # logged at every start: the record has this step already
         train(log, range(resume_step + 1, last + 1))
         log.close()
     rows = rows_of(tmp_path)
@@ -101,7 +130,7 @@ def test_a_step_has_one_row_of_each_kind(tmp_path: Path, capsys: pytest.CaptureF
     log = RunLog(tmp_path)
     log.start({})
     train(log, range(1, 3))
-    log.paths(2, LAYERS, echo=True)  # the end of an epoch, right after its last update was logged
+    log.probe("paths", 2, LAYERS, echo=True)  # the end of an epoch, right after its last update was logged
     log.close()
     assert [row["step"] for row in rows_of(tmp_path) if row["event"] == "paths"] == [1, 2]
     assert "alpha/beta" in capsys.readouterr().out
@@ -204,7 +233,7 @@ def test_lines_name_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFi
     log.start({})
     row = {"step": 3, "steps": 40, "epoch": 1, "epochs": 2, "loss": 0.51234, "lr": 0.02, "images_per_second": 1234.5}
     log.train({**row, "data_wait": 0.031, "memory_gib": 1.5, "eta_seconds": 3723.4})
-    log.paths(3, LAYERS, echo=True)
+    log.probe("paths", 3, LAYERS, echo=True)
     log.end({"step": 3, "status": "done"})
     log.close()
     first, progress, paths, last = capsys.readouterr().out.splitlines()

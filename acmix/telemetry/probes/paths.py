@@ -8,6 +8,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from acmix.layers.mix import PathMix
+from acmix.telemetry.probes.probe import Probe, register_probe
 
 
 class PathRow(TypedDict):
@@ -49,3 +50,6 @@ def _as_floats(weights: list[Tensor | float]) -> list[float]:
     tensors = [weight.detach().float().reshape(()) for weight in weights if isinstance(weight, Tensor)]
     values = iter(torch.stack(tensors).tolist() if tensors else [])
     return [next(values) if isinstance(weight, Tensor) else float(weight) for weight in weights]
+
+
+register_probe(Probe("paths", path_layers))

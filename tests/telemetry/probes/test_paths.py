@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from acmix.layers.mix import PathMix
-from acmix.telemetry.paths import path_layers
+from acmix.telemetry.probes.paths import path_layers
 
 
 class Block(nn.Module):

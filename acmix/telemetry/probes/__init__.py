@@ -1,0 +1,6 @@
+"""Probes look at the model while it trains. A built-in one is a file in this folder, imported below."""
+
+from acmix.telemetry.probes import paths
+from acmix.telemetry.probes.probe import Probe, find_probes, register_probe
+
+__all__ = ["Probe", "find_probes", "paths", "register_probe"]
