@@ -11,11 +11,10 @@ from typing import Protocol
 from PIL import Image
 
 from acmix.config import Config, DataConfig, find_dataset
+from acmix.config.datasets import Triple
 from acmix.data.folders import FolderSource, check_same_classes
 from acmix.data.tars import shard_source, tar_source
 from acmix.errors import UserError
-
-Triple = tuple[float, float, float]
 
 
 class Source(Protocol):
