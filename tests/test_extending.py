@@ -1,0 +1,43 @@
+"""docs/EXTENDING.md is run as a reader would run it: its files written down, its commands typed, in a folder of their own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "EXTENDING.md"
+
+
+def sections() -> dict[str, str]:
+    """Heading → text below it."""
+    _, *parts = re.split(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def write_files(text: str, folder: Path) -> None:
+    """Every block of Python opens with a comment that names its file."""
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        name = re.match(r"# (\w+\.py)\n", block)
+        assert name, f"a block does not name its file:\n{block}"
+        (folder / name[1]).write_text(block, encoding="utf-8")
+
+
+@pytest.mark.parametrize("heading", sections())
+def test_a_section_works_as_it_is_written(heading: str, tmp_path: Path) -> None:
+    text = sections()[heading]
+    write_files(text, tmp_path)
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    assert commands, f"the section {heading} runs nothing"
+    for command in commands:
+        program, *arguments = command.split()
+        assert program == "python"
+        full = [argument.replace("configs/", f"{ROOT}/configs/") for argument in arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *full], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
