@@ -1,4 +1,4 @@
-"""Weights from strangers: harmless files load, hostile ones are refused by name and run nothing."""
+"""Untrusted weights: harmless files load; hostile ones are refused, with what they ask for named, and run nothing."""
 
 import argparse
 import hashlib

@@ -159,7 +159,7 @@ MEASURED = {"time", "images_per_second", "data_wait", "memory_gib", "eta_seconds
 
 
 def logged_rows(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged, without what differs from one machine's mood to the next."""
+    """What a run logged, without the values that differ from run to run."""
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [row for row in read if row["event"] in ("train", "eval", "paths", "skip")]
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in kept]

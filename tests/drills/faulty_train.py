@@ -1,8 +1,8 @@
-"""train.py with a network that has an accident: at a given forward pass, on a given rank, once.
+"""train.py with a network that fails on purpose: at a given forward pass, on a given rank, once.
 
 `model.kwargs` of the model `faulty_resnet`: fault (raise, nan, sleep, or the name of a signal it sends to itself, or
 `launcher:SIGNAL` to its parent), at (forward pass, from 1), rank, during (train or eval), once (a file that is created
-at the accident and prevents another). The network is the model `of`, timm's smallest ResNet unless given.
+at the failure and prevents another). The network is the model `of`, timm's smallest ResNet unless given.
 """
 
 import os

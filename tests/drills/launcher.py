@@ -1,4 +1,4 @@
-"""Starts programs by forking a process that has torch already: a drill can then afford hundreds of real starts.
+"""Starts programs by forking a process that has torch already, so that a drill can afford hundreds of real starts.
 
 Reads JSON requests from stdin, one a line, and answers each with a JSON line:
 `{"start": PROGRAM, "arguments": [...], "env": {...}, "folder": F, "output": FILE, "errors": FILE}` → `{"pid": N}`;
@@ -48,7 +48,7 @@ def run(program: str) -> int:
         if isinstance(code, str):
             print(code, file=sys.stderr)
         return code if isinstance(code, int) else int(code is not None)
-    except BaseException:  # noqa: BLE001 - as the interpreter does with what a program lets through
+    except BaseException:  # noqa: BLE001 - as the interpreter does with an exception that a program does not catch
         traceback.print_exc()
         return 1
     return 0

@@ -25,7 +25,7 @@ def make_snapshot(step: int, size: int) -> Snapshot:
 
 
 def say(line: str) -> None:
-    """Write a line as a whole: a kill must not tear it."""
+    """Write a line with a single call, so that no kill leaves half of it."""
     os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 

@@ -1,4 +1,4 @@
-"""Files from strangers at every entry point: exit 2, one message that names the trap, nothing run or left behind."""
+"""Hostile files at every entry point: exit 2, one message that names the danger, nothing run or left behind."""
 
 import hashlib
 import io
@@ -137,7 +137,7 @@ def test_python_tags_in_a_config_are_refused(
 
 
 def test_an_archive_in_place_of_weights_writes_nothing(tmp_path: Path, launcher: Any) -> None:
-    """Zip members that climb out are never extracted."""
+    """Zip members with a path out of the folder are never extracted."""
     file = tmp_path / "weights.pth"
     buffer = io.BytesIO()
     torch.save({"weight": torch.zeros(1)}, buffer)

@@ -73,7 +73,7 @@ def test_trainers_killed_at_each_crash_point_of_a_save(
     for turn in range(rounds):
         folder = tmp_path / f"killed-{turn}"
         for point in points:
-            # One course meets all points, each in a later attempt: the first save prunes nothing, so take the second.
+            # One run is killed at every point in turn; for `pruning` at its second save, as the first prunes nothing.
             crash = {"ACMIX_CRASH_AT": f"{point}:{2 if point == 'pruning' else 1 + turn % 2}"}
             run_training(folder, *options, "--resume", "auto", env=crash, status=-9)
             if point in ("after_rename", "pruning"):

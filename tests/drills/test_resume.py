@@ -16,7 +16,7 @@ Compare = Callable[[Path, Path], None]
 
 
 def fault(name: str, at: int, **more: object) -> list[str]:
-    """Overrides that plant an accident at forward pass `at`."""
+    """Overrides that make the network fail at forward pass `at`."""
     return [f"model.kwargs.{key}={value}" for key, value in {"fault": name, "at": at, **more}.items()]
 
 

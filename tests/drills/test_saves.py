@@ -1,4 +1,4 @@
-"""Saves that are killed, that meet a full disk, a limit or a wall: the last checkpoint stays whole."""
+"""Saves that are killed or meet a full disk, a size limit or a read-only folder: the last checkpoint stays whole."""
 
 import os
 import random

@@ -84,7 +84,7 @@ def test_signals_at_random_instants(
             folder = tmp_path / f"stopped-{ranks}-{drill}"
             programs = start_training(folder, *common, ranks=ranks)
             time.sleep(chance.uniform(0.0, duration))
-            # A launcher tells all ranks; one rank alone can only be told once all have met.
+            # A launcher signals all ranks; a single rank can be signalled only once all have met.
             told = (
                 chance.sample(programs, chance.randint(1, ranks)) if (folder / "metrics.jsonl").exists() else programs
             )

@@ -81,7 +81,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_course_aside(
 
 
 def limit_file_size(programs: list[Any], size: int) -> None:
-    """From now on no file of these programs may grow beyond `size` bytes: a disk that is full for checkpoints alone."""
+    """From now on no file of these programs may exceed `size` bytes: as if the disk were full for checkpoints only."""
     for program in programs:
         resource.prlimit(program.pid, resource.RLIMIT_FSIZE, (size, size))
 
