@@ -29,7 +29,7 @@ class Board:
         try:
             rebuilt = self._rebuild(record)
             self._writer = FileWriter(str(folder), flush_secs=10)
-            if rebuilt:  # a TensorBoard that is open has read the old files: the mark tells it what to forget
+            if rebuilt:  # an open TensorBoard has read the old files: let it drop later steps
                 self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), record.keep_step + 1)
         except OSError as error:
             self._give_up(error)
@@ -52,7 +52,7 @@ class Board:
             self._writer = None
 
     def _rebuild(self, record: Record) -> bool:
-        """Put one event file made from the record in the place of all there are; False when there are none."""
+        """Replace all event files by one made from the record; returns False when there are none."""
         old = sorted(self._folder.glob("events.out.tfevents.*"))
         temporary = self._folder.with_name(f".{self._folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +76,7 @@ class Board:
 
 
 def _add(writer: FileWriter, row: Row) -> None:
-    """One event a row: one for each value, as `SummaryWriter` does it, takes five times as long to rebuild."""
+    """Write a row as one event; one for each value, as `SummaryWriter` does it, takes five times as long to rebuild."""
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(row)]
     if values:
         writer.add_summary(Summary(value=values), row["step"], walltime=row.get("time"))

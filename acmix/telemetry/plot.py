@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from acmix.telemetry.history import Array, ProbeHistory, common_end, log_ratio
 
-# Okabe and Ito's palette, told apart with any colour vision; line style and marker say the same once more.
+# Okabe and Ito's palette, readable with any colour vision; line style and marker repeat what the colour says.
 BLUE, VERMILLION, INK, GREY = "#0072B2", "#D55E00", "#333333", "#777777"
 STAGES = ("#000000", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 STYLE: dict[Any, Any] = {

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the record of a run: one JSON object a line, appended whole, cut back atomically on resume."""
+"""`metrics.jsonl`, the record of a run: one JSON object a line, appended whole; a resume drops later rows."""
 
 import json
 import math
@@ -67,7 +67,7 @@ class Record:
             self._file.close()
 
     def _flush(self) -> None:
-        """Append the pending rows, or leave the file as it was: half a line would swallow the next one."""
+        """Append the pending rows whole or leave the file as it was: half a line would spoil the next one."""
         if not self._pending:
             return
         before = os.fstat(self._file.fileno()).st_size
@@ -102,7 +102,7 @@ class Record:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Every readable row of a record, oldest first; a line torn by a kill or a bad disk is passed over."""
+    """Every readable row of a record, oldest first; a line torn by a kill or a bad disk is skipped."""
     if path.exists():
         with open(path, "rb") as file:
             for line in file:
@@ -136,7 +136,7 @@ def plain(value: Any) -> Any:
 
 
 def as_number(value: Any) -> float | None:
-    """The number that a value of a row stands for, those that `plain` made strings included; None for all others."""
+    """Read a number back, also one that `plain` made a string; None for any other value."""
     if isinstance(value, str):
         return float(value) if value in ("nan", "inf", "-inf") else None
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -1,7 +1,7 @@
 """A run's log behind one call: lines on stdout, `metrics.jsonl` and TensorBoard.
 
 `metrics.jsonl` is the record; TensorBoard is a view of it, rebuilt from the record when a run is resumed. So the two
-never disagree, a value is there once for each tag and step, and whatever a kill tore from an event file comes back.
+always agree, each tag has one value per step, and what a kill cut from an event file is restored.
 """
 
 import sys
@@ -34,7 +34,7 @@ class ProgressBar:
 
 
 class RunLog:
-    """Writes what happens in a run; on processes other than the first (`enabled=False`) every method does nothing.
+    """Logs a run. With `enabled=False`, on all ranks but 0, every method does nothing.
 
     Args:
         run_dir: the run folder; created if it is missing.
@@ -42,8 +42,8 @@ class RunLog:
         resume_step: the step to resume from. Rows of later steps, the `end` row and a line torn by a kill are removed
             from the record first, atomically. None, like 0, begins again: no row of an earlier attempt stays.
 
-    A row is written whole with a single call to the operating system, so a kill loses none that a method returned
-    from. When the disk is full, rows wait in memory, a warning says so once, and each later row tries again.
+    Each row is a single write, so no kill loses a row whose method has returned. When the disk is full, rows wait in
+    memory, a warning says so once, and each later row tries to write them all.
 
     Raises UserError when the run folder cannot be written.
     """
@@ -86,7 +86,7 @@ class RunLog:
                 self.line(probe_line(step, layers))
 
     def event(self, name: str, row: Row) -> None:
-        """Any other event worth a row, such as updates or images that were skipped; needs `step`."""
+        """Any other event worth a row, such as skipped updates or unreadable images; needs `step`."""
         if self.enabled:
             self._write(name, row)
 

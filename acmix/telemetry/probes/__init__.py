@@ -1,4 +1,4 @@
-"""Probes look at the model while it trains. A built-in one is a file in this folder, imported below."""
+"""Probes measure the model while it trains. Each built-in one is a file in this folder, imported below."""
 
 from acmix.telemetry.probes import paths
 from acmix.telemetry.probes.probe import Probe, find_probes, register_probe

@@ -1,4 +1,4 @@
-"""What the two paths of every ACmix block weigh: alpha (attention) and beta (convolution), read from a model."""
+"""The probe `paths`: the path weights alpha (attention) and beta (convolution) of every ACmix block."""
 
 from collections.abc import Iterator
 from typing import TypedDict
