@@ -16,7 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from acmix.data.check import Report, check_folder
+from acmix.checkpoint.atomic import write_atomically
+from acmix.data.check import check_folder
 from acmix.errors import UserError
 from acmix.process.program import BAD_USAGE, Arguments, run_program
 
@@ -39,7 +40,7 @@ def check(arguments: Sequence[str] | None) -> int:
         raise UserError(f"--workers: must be at least 0, got {options.workers}")
     report = check_folder(options.root, options.train_split, options.val_split, options.workers, _progress)
     if options.json is not None:
-        _write(options.json, report)
+        write_atomically(options.json, json.dumps(report.to_json(), indent=2) + "\n")
     for problem in report.problems:
         path = os.fsencode(problem.path).decode("utf-8", "backslashreplace")
         print(f"{'FATAL' if problem.fatal else 'note '} {problem.kind:14} {path}: {problem.detail}")
@@ -51,13 +52,6 @@ def check(arguments: Sequence[str] | None) -> int:
 
 def _progress(items: Iterator[Any], total: int) -> Iterator[Any]:
     return iter(tqdm(items, total=total, unit="image", disable=not sys.stderr.isatty()))
-
-
-def _write(path: Path, report: Report) -> None:
-    try:
-        path.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ Every tensor of IN must be used or known to have no effect; nothing in IN is exe
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn
 
 from acmix import models
-from acmix.checkpoint.atomic import sync_file, sync_folder
+from acmix.checkpoint.atomic import replacing
 from acmix.checkpoint.untrusted import load_state_dict_file
 from acmix.errors import UserError
 from acmix.process.program import Arguments, run_program
@@ -48,7 +46,8 @@ def convert(arguments: Sequence[str] | None) -> int:
         models.load_official(model, weights)
     except ValueError as error:
         raise UserError(f"{options.source}: {error}") from error
-    write(model, options.out)
+    with replacing(options.out) as temporary:
+        save_file(model.state_dict(), temporary, metadata={"format": "pt"})
     print(f"Wrote {options.out}: {options.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
     return 0
 
@@ -63,20 +62,6 @@ def check_output(out: Path, *, force: bool) -> None:
         raise UserError(f"{out}: is a folder")
     if out.exists() and not force:
         raise UserError(f"{out}: exists already; choose another name, or overwrite it with --force")
-
-
-def write(model: nn.Module, out: Path) -> None:
-    """Put the weights at `out` in one step: a reader sees the whole file or the one before. Raises UserError."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        save_file(model.state_dict(), temporary, metadata={"format": "pt"})
-        sync_file(temporary)
-        os.replace(temporary, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

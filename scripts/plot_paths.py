@@ -7,7 +7,6 @@ with the shortest of them, and the longer ones go on as thin lines of their own.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from acmix.checkpoint.atomic import replacing
 from acmix.errors import UserError
 from acmix.telemetry.history import common_end, read_runs
 from acmix.telemetry.plot import STYLE, describe, draw, layout
@@ -54,16 +54,9 @@ def check_output(out: Path) -> None:
 
 def save(figure: Figure, out: Path) -> None:
     """Write the picture whole or not at all; raises UserError when it cannot be written."""
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     metadata = {"Date": None} if out.suffix.lower() == ".svg" else None
-    try:
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(temporary, dpi=160, metadata=metadata)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(out) as temporary, matplotlib.rc_context(STYLE):
+        figure.savefig(temporary, dpi=160, metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/EXTENDING.md is run as a reader would run it: its files written down, its commands typed, in a folder of their own."""
+"""docs/EXTENDING.md is run as a reader would run it: its files written down, its commands typed, in an empty folder."""
 
 import os
 import re

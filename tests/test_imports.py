@@ -21,7 +21,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "acmix.checkpoint": (),
     "acmix.process": ("acmix.config",),
     "acmix.data": ("acmix.config",),
-    "acmix.telemetry": ("acmix.layers", "acmix.ops"),
+    "acmix.telemetry": ("acmix.checkpoint.atomic", "acmix.layers", "acmix.ops"),
     "acmix.engine": ("acmix.checkpoint", "acmix.process", "acmix.data", "acmix.telemetry", "acmix.config"),
     "acmix.testing": ("acmix.ops",),
     "acmix.launch": ("acmix.process",),

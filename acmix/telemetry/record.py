@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from acmix.checkpoint.atomic import write_atomically
 from acmix.errors import UserError
 
 Row = dict[str, Any]
@@ -90,15 +91,7 @@ class Record:
             return
         keep = [row for row in read_rows(self.path) if row["event"] != "end" and row["step"] <= self.keep_step]
         self._written = {(row["event"], row["step"]) for row in keep if row["event"] != "start"}
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in keep)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in keep))
 
 
 def read_rows(path: Path) -> Iterator[Row]:

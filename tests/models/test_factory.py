@@ -80,7 +80,7 @@ def test_a_users_network_is_built_whatever_its_annotations(name):
 
 
 def test_a_users_network_that_its_entry_point_names_gets_the_nearest_argument():
-    with pytest.raises(UserError, match="did you mean sizes?"):
+    with pytest.raises(UserError, match=r"did you mean sizes\?"):
         models.create_model("loosely", 5, size=[3, 4])
 
 
