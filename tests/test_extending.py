@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,12 @@ def test_a_section_works_as_it_is_written(heading: str, tmp_path: Path) -> None:
     write_files(text, tmp_path)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
     assert commands, f"the section {heading} runs nothing"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for command in commands:
-        program, *arguments = command.split()
+        program, *arguments = shlex.split(command)
         assert program == "python"
-        full = [argument.replace("configs/", f"{ROOT}/configs/") for argument in arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        found = [str(ROOT / part) if part == "train.py" or part.startswith("configs/") else part for part in arguments]
         done = subprocess.run(
-            [sys.executable, *full], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+            [sys.executable, *found], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
