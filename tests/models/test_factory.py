@@ -79,6 +79,11 @@ def test_a_users_network_is_built_whatever_its_annotations(name):
         models.create_model(name, 5, size=[3, 4])
 
 
+def test_a_users_network_that_its_entry_point_names_gets_the_nearest_argument():
+    with pytest.raises(UserError, match=r"did you mean sizes\?"):
+        models.create_model("loosely", 5, size=[3, 4])
+
+
 class Hostile:
     """A pickle that creates a file when it is loaded."""
 

@@ -76,15 +76,8 @@ def test_it_trains_by_its_name_in_a_config_and_its_paths_are_logged(folder):
     assert [row["layers"][0]["layer"] for row in rows if row["event"] == "paths"][-1] == "acmix"
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.kwargs.width=8.5", "model.kwargs.width: 8.5 does not fit acmix_of_mine: "),
-        ("model.kwargs.with=8", "model.kwargs.with: acmix_of_mine takes no such argument; did you mean width?"),
-    ],
-)
-def test_its_arguments_are_checked_like_ours(folder, override, message):
-    refused = start(folder, override)
+def test_its_arguments_are_checked_like_ours(folder):
+    refused = start(folder, "model.kwargs.width=8.5")
     assert refused.returncode == 2
-    assert refused.stderr.startswith(f"error: {message}")
+    assert refused.stderr.startswith("error: model.kwargs.width: 8.5 does not fit acmix_of_mine: ")
     assert not (folder / "run").exists()
