@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from acmix.errors import UserError
-from acmix.ops.implementations import ATTENTION_IMPLS, SHIFT_CONV_IMPLS
+from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
+from acmix.ops.shift_conv.implementations import SHIFT_CONV
 from benchmarks.cases import DTYPES, Case, Setting, build_case, is_authors
 from benchmarks.measure import MODES, Result, measure
 from benchmarks.report import machine_row, table, write_json, write_page
@@ -130,7 +131,7 @@ def _impls(subject: str, wanted: str) -> Sequence[str]:
     if is_authors(subject):
         return ["auto"]
     if wanted == "all":
-        return SHIFT_CONV_IMPLS if subject.startswith("shift_conv:") else ATTENTION_IMPLS
+        return (SHIFT_CONV if subject.startswith("shift_conv:") else LOCAL_ATTENTION).names
     return wanted.split(",")
 
 

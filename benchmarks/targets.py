@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from acmix.ops.implementations import cxx_compiler
+from acmix.ops.native import cxx_compiler
 from benchmarks.cases import Case, build_case
 from benchmarks.measure import Result
 from benchmarks.parity import ParityError, check_parity

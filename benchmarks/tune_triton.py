@@ -2,7 +2,7 @@
 
     python -m benchmarks.tune_triton [--batch-size 128] [--dtype bf16] [--seconds 150] [--json FILE]
 
-Starting from the tile that acmix/ops/triton/tiles.py chooses, each kernel is tried with one size changed at a time, and
+Starting from the tile that the kernels' tiles.py chooses, each kernel is tried with one size changed at a time, and
 from the best so again, until nothing helps or the time is up. A candidate must agree with the reference before it is
 timed. The table gives milliseconds (median) and how many times the memory floor that is: every map read or written
 once, at the copy bandwidth measured here. Exit status: 1 if a candidate gave a wrong result, 2 without a CUDA device.
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from acmix.ops import reference
-from acmix.ops.local_attention.triton.launch import Problem
-from acmix.ops.local_attention.triton.tiles import Budget, Window, forced_tile, shape_tile
+from acmix.ops.implementations import Window
+from acmix.ops.local_attention.triton.launch import Geometry
+from acmix.ops.local_attention.triton.tiles import Budget, Surroundings, forced_tile, shape_tile
 from benchmarks.report import machine_row
 from benchmarks.roofline import measure_roofline
 
 SHAPES = ((16, 56), (32, 28), (64, 14), (128, 7))  # head width, side of the map; 4 heads
-HEADS, KERNEL_SIZE = 4, 7
+HEADS, WINDOW = 4, Window(kernel_size=7, stride=1, dilation=1)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 TOLERANCE = {"bf16": 2e-2, "fp16": 4e-3, "float32": 2e-3}  # relative to float64; float32 may multiply in tf32
 
@@ -75,11 +76,11 @@ def build_kernels(head_dim: int, side: int, batch: int, dtype: torch.dtype) -> l
     )
     weight = torch.randn(head_dim, 2, device="cuda")
     first = [m[:1].double().requires_grad_() for m in (q, k, v)]
-    exact_out = reference.local_attention(first[0], first[1], first[2], weight.double(), KERNEL_SIZE, 1, 1)
+    exact_out = reference.local_attention(first[0], first[1], first[2], weight.double(), *astuple(WINDOW))
     exact = torch.autograd.grad(exact_out, first, grad[:1].double())
-    problem = Problem.of(q, weight, KERNEL_SIZE, 1, 1)
-    out, lse = forward(q, k, v, weight, KERNEL_SIZE, 1, 1)
-    delta = query_gradient(problem, (grad, q, k, v), weight, out, lse)[1]
+    geometry = Geometry.of(q, weight, WINDOW)
+    out, lse = forward(q, k, v, weight, WINDOW)
+    delta = query_gradient(geometry, (grad, q, k, v), weight, out, lse)[1]
     one_map, one_row = q.numel() * q.element_size(), lse.numel() * lse.element_size()
 
     def start(tile: Any) -> Candidate:
@@ -88,22 +89,22 @@ def build_kernels(head_dim: int, side: int, batch: int, dtype: torch.dtype) -> l
     return [
         Kernel(
             "forward",
-            start(problem.query_tile("forward")),
-            lambda: forward(q, k, v, weight, KERNEL_SIZE, 1, 1)[:1],
+            start(geometry.query_tile("forward")),
+            lambda: forward(q, k, v, weight, WINDOW)[:1],
             (exact_out.detach(),),
             4 * one_map + one_row,
         ),
         Kernel(
             "dq",
-            start(problem.query_tile("dq")),
-            lambda: query_gradient(problem, (grad, q, k, v), weight, out, lse)[:1],
+            start(geometry.query_tile("dq")),
+            lambda: query_gradient(geometry, (grad, q, k, v), weight, out, lse)[:1],
             exact[:1],
             6 * one_map + 2 * one_row,
         ),
         Kernel(
             "dkv",
-            start(problem.key_tile("dkv")),
-            lambda: key_gradient(problem, (grad, q, k, v), weight, lse, delta),
+            start(geometry.key_tile("dkv")),
+            lambda: key_gradient(geometry, (grad, q, k, v), weight, lse, delta),
             exact[1:],
             6 * one_map + 2 * one_row,
         ),
@@ -118,8 +119,8 @@ def milliseconds(kernel: Kernel, candidate: Candidate, tolerance: float) -> floa
 
     budget = Budget(candidate.height * candidate.width, candidate.slots, candidate.warps, candidate.stages)
 
-    def tile(_: str, window: Window) -> Any:
-        return shape_tile(window, candidate.height, candidate.width, budget)
+    def tile(_: str, surroundings: Surroundings) -> Any:
+        return shape_tile(surroundings, candidate.height, candidate.width, budget)
 
     with forced_tile(tile):
         try:

@@ -1,7 +1,5 @@
 """A model and all that changes its weights: loss, gradients, optimizer, schedule, loss scaling, running average."""
 
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,6 +19,7 @@ from acmix.data.seeding import seed_generators, stream_seed
 from acmix.engine.forward import Mixing, autocast, network_inputs
 from acmix.engine.optim import build_optimizer, build_scheduler, load_optimizer, parameter_groups
 from acmix.errors import UserError
+from acmix.ops.native import cxx_compiler
 from acmix.process.distributed import Distributed
 
 if TYPE_CHECKING:
@@ -234,7 +233,7 @@ def _wrap(model: nn.Module, dist: Distributed) -> DistributedDataParallel:
 
 
 def _need_compiler(device: torch.device) -> None:
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+    if device.type == "cpu" and cxx_compiler() is None:
         raise UserError("precision.compile needs a C++ compiler on the CPU; install g++ or set it to false")
 
 

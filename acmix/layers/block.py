@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from acmix.layers.attention import AttentionPath, LocalAttention
 from acmix.layers.convolution import ShiftConv
 from acmix.layers.mix import PathMix
-from acmix.ops.implementations import ATTENTION_IMPLS
+from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 
 SMALL_MAP = 64  # pixels up to which, on a CPU, a matrix product is the faster projection; measured
 
@@ -27,7 +27,7 @@ class ACmix(nn.Module):
         shift: Kind of `ShiftConv`.
         attention: The attention path; None builds `LocalAttention` from the arguments above.
         conv_bias: Whether the convolution path's fully connected layer has a bias (Swin has one).
-        impl: Implementation of local attention; `reference` and `compiled` hold for the convolution path too, which
+        impl: Implementation of local attention; `reference` and `cpp` hold for the convolution path too, which
             otherwise chooses for itself.
         stage: 1-based stage of the network, for logs.
 
@@ -61,8 +61,7 @@ class ACmix(nn.Module):
             )
         if stride < 1 or dilation < 1:
             raise ValueError(f"stride and dilation must be at least 1, got stride {stride} and dilation {dilation}")
-        if impl not in ("auto", *ATTENTION_IMPLS):
-            raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(ATTENTION_IMPLS)}")
+        impl = LOCAL_ATTENTION.canonical(impl)
         head_dim = out_channels // heads
         self.in_channels, self.out_channels, self.heads, self.stride = in_channels, out_channels, heads, stride
         self.mix = PathMix(mix, stage)
@@ -72,7 +71,7 @@ class ACmix(nn.Module):
         if self.mix.has_attention:
             self.attention = attention or LocalAttention(heads, head_dim, kernel_att, stride, dilation, impl=impl)
         if self.mix.has_convolution:
-            conv_impl = impl if impl in ("reference", "compiled") else "auto"
+            conv_impl = impl if impl in ("reference", "cpp") else "auto"
             self.convolution = ShiftConv(
                 heads, head_dim, kernel_conv, stride, dilation, kind=shift, bias=conv_bias, impl=conv_impl
             )

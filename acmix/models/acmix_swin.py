@@ -148,7 +148,7 @@ class ACmixSwin(nn.Module):
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after the blocks and in the perceptrons.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
-        impl: `reference` and `compiled` hold for the convolution path; other names leave the choice to it.
+        impl: `reference` and `cpp` hold for the convolution path; other names leave the choice to it.
 
     Raises:
         ValueError: for arguments that do not fit together.

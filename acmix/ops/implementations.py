@@ -1,174 +1,94 @@
-"""Which implementation may run here, which one runs best, and the reason when one may not.
+"""The choice of an implementation, the same for every operation.
 
-A predicate `can_run_*` returns None or the reason, in words a person can act on. An implementation asked for by name
-runs or raises; it is never replaced. `auto` takes the first of its order of preference that can run and pays off.
+A predicate named `..._refusal` returns None, or the reason why an implementation cannot run a call, in words a person
+can act on; one named `..._declines` returns None, or why `auto` passes over an implementation that could run. An
+implementation asked for by name runs or raises; it is never replaced.
 """
 
 import functools
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
-ATTENTION_IMPLS = ("reference", "dense", "halo", "compiled", "triton")
-SHIFT_CONV_IMPLS = ("reference", "folded", "unfolded", "compiled", "dense")
-# Folding takes 27N products for each output channel, the two steps 27 + 81: with many heads they are the cheaper.
-MAX_FOLDED_HEADS = 4
-MAX_BIAS_BYTES = 2**30
+from acmix.ops.maps import is_channels_last
+
+DEBUG = os.environ.get("ACMIX_DEBUG") == "1"
+# Former names, still accepted wherever an `impl` is given.
+ALIASES = {"compiled": "cpp", "halo": "tiled"}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A K × K window of pixels around every stride-th pixel of a map.
+
+    Raises:
+        ValueError: for an even kernel_size, or a stride or dilation below 1.
+    """
+
+    kernel_size: int
+    """K, odd."""
+    stride: int
+    """Distance of neighbouring windows, in pixels."""
+    dilation: int
+    """Distance of neighbouring members of a window, in pixels."""
+
+    def __post_init__(self) -> None:
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size {self.kernel_size} has no centre pixel: choose an odd size, such as "
+                f"{max(self.kernel_size, 0) + 1}"
+            )
+        if self.stride < 1 or self.dilation < 1:
+            raise ValueError(
+                f"stride and dilation must be at least 1, got stride {self.stride} and dilation {self.dilation}"
+            )
+
+    @property
+    def reach(self) -> int:
+        """Pixels from the centre of a window to its edge; also the padding that keeps the size of a map."""
+        return self.dilation * (self.kernel_size // 2)
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of windows on a map: ceil(H / stride), ceil(W / stride)."""
+        return -(-height // self.stride), -(-width // self.stride)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What the choice of an implementation depends on: one call of local attention."""
+    """One call of an operation: all that the choice of an implementation depends on."""
 
-    device: str
+    device: torch.device
     dtype: torch.dtype
-    shape: tuple[int, int, int, int]  # B, C, H, W
-    head_dim: int
-    kernel_size: int
-    stride: int
-    dilation: int
-    may_compile: bool = False  # whether auto may take what has to be compiled first; see may_compile()
-    triton_refusal: str | None = None
-    compiled_refusal: str | None = None  # what the C++ compiler said
+    shape: tuple[int, ...]
+    """(B, C, H, W) of q, k and v."""
+    heads: int
+    window: Window
+    channels_last: bool = False
+    may_compile: bool = False
+    """Whether `auto` may take what has to be compiled first; see `may_compile()`."""
+
+    @classmethod
+    def of(cls, q: Tensor, heads: int, window: Window) -> "Problem":
+        """The problem of a call with maps like `q`."""
+        return cls(q.device, q.dtype, q.shape, heads, window, is_channels_last(q), may_compile())
 
     @property
-    def keys(self) -> int:
-        return self.shape[2] * self.shape[3]
-
-    @property
-    def queries(self) -> int:
-        return -(-self.shape[2] // self.stride) * -(-self.shape[3] // self.stride)
+    def head_dim(self) -> int:
+        return self.shape[1] // self.heads
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        layout = ", channels_last" if self.channels_last else ""
         return (
-            f"{'×'.join(map(str, self.shape))} {dtype} on {self.device}, head_dim {self.head_dim}, kernel_size "
-            f"{self.kernel_size}, stride {self.stride}, dilation {self.dilation}"
+            f"{'×'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')} on {self.device}{layout}, "
+            f"head_dim {self.head_dim}, kernel_size {self.window.kernel_size}, stride {self.window.stride}, "
+            f"dilation {self.window.dilation}"
         )
-
-
-@functools.cache
-def cxx_compiler() -> str | None:
-    """Path of the C++ compiler, $CXX or else the first found, or None."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
-    return next((path for path in map(shutil.which, names) if path), None)
-
-
-def can_run_reference(problem: Problem) -> str | None:
-    """The reference runs everywhere."""
-    return None
-
-
-def can_run_dense(problem: Problem) -> str | None:
-    """Dense attention runs anywhere, as long as its bias fits."""
-    size = 4 * problem.queries * problem.keys
-    if size > MAX_BIAS_BYTES:
-        return f"its bias for {problem.queries} queries and {problem.keys} keys would take {size / 2**30:.1f} GiB"
-    return None
-
-
-def can_run_halo(problem: Problem) -> str | None:
-    """Blocks with a halo run anywhere."""
-    return None
-
-
-def can_run_compiled(problem: Problem) -> str | None:
-    """The compiled implementation needs the CPU and a C++ compiler that accepts it."""
-    return not_compiled(problem.device, problem.compiled_refusal)
-
-
-def not_compiled(device: str, compiler_refusal: str | None) -> str | None:
-    """Why C++ cannot run for tensors on `device`, given what the compiler said, or None."""
-    if device != "cpu":
-        return f"it is written for the CPU, the tensors are on {device}"
-    return compiler_refusal
-
-
-def can_run_triton(problem: Problem) -> str | None:
-    """Triton's own answer for this problem."""
-    return problem.triton_refusal
-
-
-_PREDICATES: dict[str, Callable[[Problem], str | None]] = {
-    "reference": can_run_reference,
-    "dense": can_run_dense,
-    "halo": can_run_halo,
-    "compiled": can_run_compiled,
-    "triton": can_run_triton,
-}
-
-
-_PREFERENCE = ("triton", "dense", "compiled", "halo")
-
-
-def pays_dense(problem: Problem) -> str | None:
-    """Why dense attention would lose against its rival here, or None. The crossovers are measured, on a CPU."""
-    if problem.may_compile and can_run_compiled(problem) is None:
-        limit, rival = 4 * problem.kernel_size**2, "compiled"
-    else:
-        limit, rival = problem.kernel_size**2 * (9 if problem.stride == 1 else 16), "halo"
-    if problem.keys > limit:
-        return f"{problem.keys} keys are more than the {limit} up to which it is faster than {rival}"
-    return None
-
-
-def _declines(name: str, problem: Problem) -> str | None:
-    """Why `auto` does not take an implementation, or None."""
-    refusal = _PREDICATES[name](problem)
-    if refusal is None and name == "dense":
-        refusal = pays_dense(problem)
-    if refusal is None and name == "compiled" and not problem.may_compile:
-        refusal = "ACMIX_COMPILE or torch.export keeps auto from compiling here"
-    return refusal
-
-
-def resolve(impl: str, problem: Problem) -> str:
-    """The implementation to run.
-
-    Raises:
-        ValueError: if `impl` is unknown or cannot run this problem; the message holds the reason.
-    """
-    if impl == "auto":
-        return next(name for name in _PREFERENCE if _declines(name, problem) is None)
-    if impl not in _PREDICATES:
-        raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(ATTENTION_IMPLS)}")
-    refusal = _PREDICATES[impl](problem)
-    if refusal is not None:
-        raise ValueError(f"impl {impl!r} cannot run local attention for {problem}: {refusal}; impl='auto' chooses one")
-    return impl
-
-
-def resolve_shift_conv(
-    impl: str,
-    device: str,
-    may_compile: bool,
-    compiled_refusal: str | None = None,
-    *,
-    channels_last: bool = False,
-    heads: int = 1,
-) -> str:
-    """The implementation of the convolution path to run.
-
-    On a CPU `auto` takes `unfolded` for channels_last maps of many heads, otherwise `compiled` where it may compile;
-    everywhere else `folded`.
-
-    Raises:
-        ValueError: if `impl` is unknown or cannot run on this device; the message holds the reason.
-    """
-    refusal = not_compiled(device, compiled_refusal)
-    if impl == "auto":
-        if device == "cpu" and channels_last and heads > MAX_FOLDED_HEADS:
-            return "unfolded"
-        return "compiled" if may_compile and refusal is None else "folded"
-    if impl not in SHIFT_CONV_IMPLS:
-        raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(SHIFT_CONV_IMPLS)}")
-    if impl == "compiled" and refusal is not None:
-        raise ValueError(f"impl 'compiled' cannot run the convolution path: {refusal}; impl='auto' chooses one")
-    return impl
 
 
 def may_compile() -> bool:
@@ -189,29 +109,100 @@ def may_compile() -> bool:
     return choice == "always" or (choice == "traced" and torch.compiler.is_compiling())
 
 
-def announce(impl: str, problem: Problem) -> None:
-    """With ACMIX_DEBUG=1, print once for each problem which implementation runs and what the others said."""
-    if os.environ.get("ACMIX_DEBUG") == "1":
-        _announce(impl, problem)
+def compilation_declines(problem: Problem) -> str | None:
+    """Why `auto` does not compile anything for this problem, or None."""
+    return None if problem.may_compile else "ACMIX_COMPILE or torch.export keeps auto from compiling here"
+
+
+def _never(problem: Problem) -> None:
+    """For an implementation without limits."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation."""
+
+    name: str
+    module: str | None = None
+    """Module with `forward` and `backward`; None where the public operation runs it in differentiable PyTorch."""
+    refusal: Callable[[Problem], str | None] = _never
+    declines: Callable[[Problem], str | None] = _never
+
+    def auto_refusal(self, problem: Problem) -> str | None:
+        """Why `auto` does not take it for this problem, or None. What auto declines is not asked whether it can run:
+        the answer may take a compiler."""
+        return self.declines(problem) or self.refusal(problem)
+
+
+class Operation:
+    """An operation and its implementations, in the order in which `auto` prefers them; the last can always run."""
+
+    def __init__(self, name: str, *implementations: Implementation) -> None:
+        self.name = name
+        self.implementations = {implementation.name: implementation for implementation in implementations}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What an `impl` may be, besides `auto` and the former names."""
+        return tuple(self.implementations)
+
+    def canonical(self, impl: str) -> str:
+        """`auto`, or the present name of the implementation that `impl` names.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        name = ALIASES.get(impl, impl)
+        if name != "auto" and name not in self.implementations:
+            raise ValueError(f"unknown impl {impl!r}: choose auto or one of {', '.join(self.implementations)}")
+        return name
+
+    def resolve(self, impl: str, problem: Problem) -> str:
+        """The name of the implementation to run.
+
+        Raises:
+            ValueError: if `impl` is unknown or cannot run this problem; the message holds the reason.
+        """
+        name = self.canonical(impl)
+        if name == "auto":
+            name = self._preferred(problem)
+        elif refusal := self.implementations[name].refusal(problem):
+            raise ValueError(f"impl {impl!r} cannot run {self.name} for {problem}: {refusal}; impl='auto' chooses one")
+        if announcing():
+            self.announce(name, problem)
+        return name
+
+    def _preferred(self, problem: Problem) -> str:
+        for name, implementation in self.implementations.items():
+            if implementation.auto_refusal(problem) is None:
+                return name
+        raise AssertionError("the last implementation can always run")
+
+    def announce(self, name: str, problem: Problem) -> None:
+        """Print once to stderr that `name` runs this problem, and what `auto` has against those it prefers to it."""
+        reasons = []
+        for other, implementation in self.implementations.items():
+            if other == name:
+                break
+            reasons.append((other, implementation.auto_refusal(problem)))
+        note = "; ".join(f"{other}: {reason}" for other, reason in reasons if reason)
+        _print_once(f"acmix: {self.name} {problem}: {name}" + (f" ({note})" if note else ""))
+
+    def load(self, impl: str) -> ModuleType:
+        """The module of an implementation, imported when it is first needed."""
+        module = self.implementations[ALIASES.get(impl, impl)].module
+        assert module is not None
+        return _import_once(module)
+
+
+def announcing() -> bool:
+    """Whether choices are announced: with ACMIX_DEBUG=1 at the start, and not while a graph is being traced."""
+    return DEBUG and not torch.compiler.is_compiling()
+
+
+_import_once = functools.cache(import_module)
 
 
 @functools.cache
-def _announce(impl: str, problem: Problem) -> None:
-    others = ((name, _declines(name, problem)) for name in _PREFERENCE if name != impl)
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in others if reason)
-    print(f"acmix: local_attention {problem}: {impl}" + (f" ({reasons})" if reasons else ""), file=sys.stderr)
-
-
-def announce_shift_conv(impl: str, device: str, shape: tuple[int, ...], may_compile: bool, refusal: str | None) -> None:
-    """The same for the convolution path."""
-    if os.environ.get("ACMIX_DEBUG") == "1":
-        _announce_shift_conv(impl, device, shape, may_compile, refusal)
-
-
-@functools.cache
-def _announce_shift_conv(
-    impl: str, device: str, shape: tuple[int, ...], may_compile: bool, refusal: str | None
-) -> None:
-    reason = not_compiled(device, refusal) or (None if may_compile else "auto takes it only where it may compile")
-    note = f" (compiled: {reason})" if reason and impl != "compiled" else ""
-    print(f"acmix: shift_conv {'×'.join(map(str, shape))} on {device}: {impl}{note}", file=sys.stderr)
+def _print_once(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,13 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acmix.ops.implementations import cxx_compiler
-
 _SOURCES = Path(__file__).parent
 _SCALARS = {torch.float32: ("float", 4), torch.float64: ("double", 8)}
 # Contraction to fused multiply-adds is wanted; nothing here may assume that numbers are finite.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno",
           "-fno-trapping-math")  # fmt: skip
+
+
+@cache
+def cxx_compiler() -> str | None:
+    """Path of the C++ compiler, $CXX or else the first found, or None."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+    return next((path for path in map(shutil.which, names) if path), None)
 
 
 class Map(ctypes.Structure):
@@ -82,20 +88,23 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
 
 
 @torch.compiler.assume_constant_result
-def refusal(source: str, dtype: torch.dtype, kernel_size: int, heads: int) -> str | None:
-    """Why `source` cannot be had for maps of this dtype, or None once it is compiled (for rows of whole vectors).
+def refusal(
+    source: str, device: torch.device, dtype: torch.dtype, kernel_size: int, heads: int | None = None
+) -> str | None:
+    """Why `source` cannot run on maps of this device and dtype; None once it is compiled, for rows of whole vectors.
 
     Args:
-        source: file below this folder; one of local_attention/ is indifferent to heads, one of shift_conv/ is not.
+        source: file below this folder.
+        kernel_size, heads: macros K and N of the source; heads is None for a source without N.
     """
-    return _refusal(source, torch.promote_types(dtype, torch.float32), kernel_size, heads)
+    if device.type != "cpu":
+        return f"it is written for the CPU, the tensors are on {device}"
+    return _compiler_refusal(source, torch.promote_types(dtype, torch.float32), kernel_size, heads)
 
 
 @cache
-def _refusal(source: str, dtype: torch.dtype, kernel_size: int, heads: int) -> str | None:
-    macros = {"K": kernel_size, "LANES": lanes(sys.maxsize, dtype)}
-    if source.startswith("shift_conv/"):
-        macros["N"] = heads
+def _compiler_refusal(source: str, dtype: torch.dtype, kernel_size: int, heads: int | None) -> str | None:
+    macros = {"K": kernel_size, "LANES": lanes(sys.maxsize, dtype)} | ({} if heads is None else {"N": heads})
     try:
         library(source, dtype, **macros)
     except (RuntimeError, OSError) as error:

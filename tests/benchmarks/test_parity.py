@@ -16,8 +16,8 @@ from benchmarks.parity import ParityError, check_parity
     ("subject", "impl"),
     [
         ("block:32x9", "dense"),
-        ("block:32x12s2", "halo"),
-        ("attention:32x9", "halo"),
+        ("block:32x12s2", "tiled"),
+        ("attention:32x9", "tiled"),
         ("shift_conv:32x9", "folded"),
         ("shift_conv:32x9s2", "dense"),
     ],
@@ -26,7 +26,7 @@ def test_sound_implementations_pass(subject: str, impl: str, dtype: str) -> None
     check_parity(build_case(subject, Setting(dtype=dtype, batch_size=2), impl))
 
 
-@pytest.mark.parametrize(("module", "impl"), [(dense, "dense"), (tiled, "halo")])
+@pytest.mark.parametrize(("module", "impl"), [(dense, "dense"), (tiled, "tiled")])
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 def test_a_slip_in_one_value_is_refused(
     module: ModuleType, impl: str, pass_: str, monkeypatch: pytest.MonkeyPatch

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from acmix import ACmix
 from acmix.models import load_official
-from acmix.ops.implementations import ATTENTION_IMPLS
+from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-# Not timed here: `compiled` waits for a compiler, `triton` runs in its interpreter; their own tests hold them to the
+# Not timed here: `cpp` waits for a compiler, `triton` runs in its interpreter; their own tests hold them to the
 # reference.
-EAGER = [impl for impl in ATTENTION_IMPLS if impl not in ("compiled", "triton")]
+EAGER = [impl for impl in LOCAL_ATTENTION.names if impl not in ("cpp", "triton")]
 LIMIT = 1e-6  # float64 leaves ten orders of magnitude below it; a wrong formula does not
 
 
@@ -84,7 +84,7 @@ def test_every_parameter_gets_a_gradient_in_every_arm():
 
 def test_the_state_dict_is_the_same_whatever_the_implementation():
     want = {key: value.shape for key, value in ACmix(8, 8).state_dict().items()}
-    for impl in ATTENTION_IMPLS:
+    for impl in LOCAL_ATTENTION.names:
         assert {key: value.shape for key, value in ACmix(8, 8, impl=impl).state_dict().items()} == want
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from acmix import ACmix, models
 from acmix.layers import AttentionPath
-from acmix.ops.implementations import ATTENTION_IMPLS
+from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CONSTRUCTED = ("relative_position_index", "num_batches_tracked", "attn_mask")
-EAGER = [impl for impl in ATTENTION_IMPLS if impl not in ("compiled", "triton")]
+EAGER = [impl for impl in LOCAL_ATTENTION.names if impl not in ("cpp", "triton")]
 
 
 def draw(key: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -14,15 +14,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from acmix.ops import local_attention, shift_conv
-from acmix.ops.implementations import cxx_compiler
 from acmix.ops.local_attention import dense, tiled
+from acmix.ops.native import cxx_compiler
 from acmix.testing import AttentionCase as Case
 from acmix.testing import assert_parity
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 needs_compiler = pytest.mark.skipif(cxx_compiler() is None, reason="needs a C++ compiler")
-COMPILED = pytest.param("compiled", marks=needs_compiler)
-FAST = ("dense", "halo", COMPILED)
+FAST = ("dense", "tiled", pytest.param("cpp", marks=needs_compiler))
 
 CASES = (
     Case(heads=2, head_dim=8, height=4, width=4, kernel_size=7),
@@ -77,13 +76,13 @@ def test_a_window_of_one_pixel_gives_the_values(impl: str) -> None:
         torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("module", [dense, tiled], ids=["dense", "halo"])
+@pytest.mark.parametrize("module", [dense, tiled], ids=["dense", "tiled"])
 @pytest.mark.parametrize("logit_bytes", [1, 40_000])
 def test_results_do_not_depend_on_how_heads_and_images_are_cut(
     module: object, logit_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOGIT_BYTES", logit_bytes)
-    impl = "dense" if module is dense else "halo"
+    impl = "dense" if module is dense else "tiled"
     assert_parity(Case(heads=3, head_dim=8, height=9, width=11, kernel_size=5, batch=3, layout="sliced"), impl)
 
 
@@ -91,18 +90,18 @@ def test_results_do_not_depend_on_how_heads_and_images_are_cut(
 def test_results_do_not_depend_on_the_tile(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "choose_tile", lambda *_: tile)
     for stride, dilation in ((1, 1), (2, 1), (2, 3)):
-        assert_parity(Case(2, 8, 13, 17, kernel_size=5, stride=stride, dilation=dilation), "halo")
+        assert_parity(Case(2, 8, 13, 17, kernel_size=5, stride=stride, dilation=dilation), "tiled")
 
 
 @needs_compiler
-def test_compiled_gives_the_same_bits_for_any_number_of_threads() -> None:
+def test_cpp_gives_the_same_bits_for_any_number_of_threads() -> None:
     case = Case(heads=3, head_dim=8, height=9, width=20, kernel_size=5)
     inputs, before = case.inputs(), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = case.run(inputs, "compiled")
+        alone = case.run(inputs, "cpp")
         torch.set_num_threads(4)
-        shared = case.run(inputs, "compiled")
+        shared = case.run(inputs, "cpp")
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
@@ -137,8 +136,8 @@ def golden_block(name: str, impl: str, conv_impl: str) -> Iterator[tuple[str, Te
     [
         ("reference", "reference"),
         ("dense", "dense"),
-        ("halo", "folded"),
-        pytest.param("compiled", "compiled", marks=needs_compiler),
+        ("tiled", "folded"),
+        pytest.param("cpp", "cpp", marks=needs_compiler),
         ("auto", "auto"),
     ],
 )
@@ -230,7 +229,7 @@ def test_a_broadcast_gradient_is_read() -> None:
     case = Case(heads=2, head_dim=8, height=9, width=8, kernel_size=5)
     *inputs, grad_out = case.inputs()
     broadcast = torch.ones(()).expand(grad_out.shape)
-    for impl in ("dense", "halo", *(["compiled"] if cxx_compiler() else [])):
+    for impl in ("dense", "tiled", *(["cpp"] if cxx_compiler() else [])):
         results = (case.run([*inputs, grad], impl) for grad in (broadcast, broadcast.contiguous()))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -241,7 +240,7 @@ def test_no_buffer_grows_with_the_window_and_the_channels_together() -> None:
     inputs = case.inputs()
     copies = case.kernel_size**2 * inputs[1].numel() * 4
     with torch.profiler.profile(profile_memory=True) as profile:
-        case.run(inputs, "halo")
+        case.run(inputs, "tiled")
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < copies / 4
 
@@ -258,10 +257,10 @@ BAD_CALLS = {
     "small": ({"kernel_size": 19}, r"9×9 map is too small for kernel_size 19 with dilation 1.*at least 10×10"),
     "dilated": ({"dilation": 3, "kernel_size": 7}, r"9×9 map is too small for kernel_size 7 with dilation 3.*10×10"),
     "stride": ({"stride": 0}, r"stride 0 and dilation 1"),
-    "impl": ({"impl": "fast"}, r"unknown impl 'fast': choose auto or one of reference, dense, halo"),
+    "impl": ({"impl": "fast"}, r"unknown impl 'fast': choose auto or one of triton, dense, cpp, tiled, reference"),
     "triton": (
         {"impl": "triton"},
-        r"impl 'triton' cannot run local attention for 1×8×9×9 float32 on cpu.*impl='auto'",
+        r"impl 'triton' cannot run local_attention for 1×8×9×9 float32 on cpu.*impl='auto'",
     ),
 }
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from acmix.ops import shift_conv
-from acmix.ops.implementations import cxx_compiler
+from acmix.ops.native import cxx_compiler
 from acmix.ops.shift_conv import folded
 from acmix.testing import ShiftConvCase as Case
 from acmix.testing import assert_parity
 
 needs_compiler = pytest.mark.skipif(cxx_compiler() is None, reason="needs a C++ compiler")
-FAST = ("folded", "unfolded", "dense", pytest.param("compiled", marks=needs_compiler))
+FAST = ("folded", "unfolded", "dense", pytest.param("cpp", marks=needs_compiler))
 
 CASES = (
     Case(heads=4, head_dim=6, height=7, width=9),
@@ -77,7 +77,7 @@ def test_gradients_of_the_reference_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@pytest.mark.parametrize("impl", ["folded", pytest.param("compiled", marks=needs_compiler)])
+@pytest.mark.parametrize("impl", ["folded", pytest.param("cpp", marks=needs_compiler)])
 def test_opcheck_passes(impl: str) -> None:
     q, k, v = (t.requires_grad_() for t in Case(heads=2, head_dim=4, height=7, width=5).inputs()[:3])
     weight = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -100,7 +100,7 @@ BAD_CALLS = {
     "one shape": ({"k": torch.zeros(1, 8, 9, 10)}, r"q, k and v must be maps of one shape"),
     "even": (
         {"shift_weight": torch.zeros(8, 4, 2, 2)},
-        r"2×2 shift kernel has no centre: choose an odd size, such as 3",
+        r"kernel_size 2 has no centre pixel: choose an odd size, such as 3",
     ),
     "shift": (
         {"shift_weight": torch.zeros(8, 9, 5, 5)},
@@ -113,7 +113,7 @@ BAD_CALLS = {
     "stride": ({"stride": 0}, r"stride 0 and dilation 1"),
     "impl": (
         {"impl": "fast"},
-        r"unknown impl 'fast': choose auto or one of reference, folded, unfolded, compiled, dense",
+        r"unknown impl 'fast': choose auto or one of unfolded, cpp, folded, dense, reference",
     ),
 }
 

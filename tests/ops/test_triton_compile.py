@@ -17,7 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from acmix.ops.local_attention.triton import local_attention as kernels
+from acmix.ops.implementations import Window
+from acmix.ops.local_attention.triton import kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -86,8 +87,9 @@ def launch_all(head_dim: int, side: int, dtype: torch.dtype, kernel_size: int = 
         torch.zeros(2, heads * head_dim, *size, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3)
     )
     position_weight = torch.zeros(head_dim, 2)
-    out, lse = kernels.forward(q, k, v, position_weight, kernel_size, stride, 1)
-    kernels.backward(torch.zeros_like(out), q, k, v, position_weight, out, lse, kernel_size, stride, 1)
+    window = Window(kernel_size, stride, dilation=1)
+    out, lse = kernels.forward(q, k, v, position_weight, window)
+    kernels.backward(torch.zeros_like(out), q, k, v, position_weight, out, lse, window)
 
 
 def assert_no_spills(compiled: list[Compiled]) -> None:

@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from acmix.ops import reference
-from acmix.ops.local_attention.triton import local_attention as kernels
+from acmix.ops.implementations import Problem, Window
+from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
+from acmix.ops.local_attention.triton import kernels
 from acmix.testing import AttentionCase
 
 NAMES = ("out", "dq", "dk", "dv", "dP")
@@ -75,10 +77,10 @@ def fresh_memory_is_nan() -> Iterator[None]:
 def kernel_results(case: Case, maps: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
     """Output and gradients of the kernels, and the log-sum-exp."""
     *inputs, grad_out = maps
-    options = (case.kernel_size, case.stride, case.dilation)
+    window = Window(case.kernel_size, case.stride, case.dilation)
     with fresh_memory_is_nan():
-        out, lse = kernels.forward(*inputs, *options)
-        grads = kernels.backward(grad_out, *inputs, out, lse, *options)
+        out, lse = kernels.forward(*inputs, window)
+        grads = kernels.backward(grad_out, *inputs, out, lse, window)
     return [out, *grads], lse
 
 
@@ -135,6 +137,21 @@ def check_offsets_beyond_32_bits_are_reached() -> None:
     assert_parity_of_far_rows(case, "cpu")
 
 
+def check_auto_takes_triton_wherever_it_can_run() -> None:
+    problem = Problem(torch.device("cpu"), torch.float32, shape=(4, 64, 7, 7), heads=4, window=Window(7, 1, 1))
+    for shape in ((4, 64, 56, 56), (4, 64, 7, 7)):
+        assert LOCAL_ATTENTION.resolve("auto", replace(problem, shape=shape)) == "triton"
+    refused = {
+        "dtype torch.float64 is not one of": replace(problem, dtype=torch.float64),
+        "head width 320 is more than 256": replace(problem, shape=(4, 1280, 7, 7)),
+        "batch size 65536 is more than": replace(problem, shape=(65536, 64, 7, 7)),
+        "reaches 27 pixels is wider than the 24": replace(problem, window=Window(7, 1, 9)),
+    }
+    for reason, other in refused.items():
+        with pytest.raises(ValueError, match=reason):
+            LOCAL_ATTENTION.resolve("triton", other)
+
+
 def assert_same_bits(case: Case, device: str) -> None:
     maps = make_maps(case, device)
     first, second = kernel_results(case, maps)[0], kernel_results(case, maps)[0]
@@ -180,7 +197,7 @@ def test_kernels_pass_every_check_in_the_interpreter() -> None:
     root = Path(__file__).resolve().parents[2]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert f"{len(INTERPRETED) + 3} passed" in run.stdout
+    assert f"{len(INTERPRETED) + 4} passed" in run.stdout
 
 
 def gpu_cases() -> Iterator[Case]:
@@ -242,11 +259,11 @@ def test_a_side_stream_and_a_cuda_graph_give_the_same_bits() -> None:
     case = Case(2, 16, 15, 16, kernel_size=7, batch=2, dtype=torch.bfloat16)
     maps = make_maps(case, "cuda")
     *inputs, grad_out = maps
-    options = (case.kernel_size, case.stride, case.dilation)
+    window = Window(case.kernel_size, case.stride, case.dilation)
 
     def step() -> list[Tensor]:
-        out, lse = kernels.forward(*inputs, *options)
-        return [out, *kernels.backward(grad_out, *inputs, out, lse, *options)]
+        out, lse = kernels.forward(*inputs, window)
+        return [out, *kernels.backward(grad_out, *inputs, out, lse, window)]
 
     plain = step()
     stream = torch.cuda.Stream()

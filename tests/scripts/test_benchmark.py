@@ -20,13 +20,13 @@ def run(*arguments: str | Path) -> int:
 
 def test_implementations_are_timed_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results.json"
-    status = run("block:16x8", "--impl", "dense,halo", "--against", "attention:16x8", "--mode", "both", "--json", out)
+    status = run("block:16x8", "--impl", "dense,tiled", "--against", "attention:16x8", "--mode", "both", "--json", out)
     assert status == 0
     results = json.loads(out.read_text())["results"]
     assert [(r["subject"], r["impl"], r["mode"]) for r in results] == [
         (subject, impl, mode)
         for mode in ("train", "infer")
-        for subject, impl in (("block:16x8", "dense"), ("block:16x8", "halo"), ("attention:16x8", "auto"))
+        for subject, impl in (("block:16x8", "dense"), ("block:16x8", "tiled"), ("attention:16x8", "auto"))
     ]
     for result in results:
         assert result["n"] == 2
@@ -53,11 +53,11 @@ def test_an_implementation_that_fails_parity_is_not_timed(
 
     monkeypatch.setattr(tiled, "forward", broken)
     out = tmp_path / "results.json"
-    assert run("attention:16x8", "--impl", "dense,halo", "--json", out) == 1
+    assert run("attention:16x8", "--impl", "dense,tiled", "--json", out) == 1
     good, bad = json.loads(out.read_text())["results"]
     assert good["impl"] == "dense"
     assert good["seconds_median"] > 0
-    assert bad["impl"] == "halo"
+    assert bad["impl"] == "tiled"
     assert "seconds_median" not in bad
     assert "differs from the reference" in bad["refused"]
     assert "it is not timed" in capsys.readouterr().out
@@ -88,7 +88,7 @@ def test_the_authors_code_comes_from_a_clone(tmp_path: Path) -> None:
         (["block:16x3"], "too small"),
         (["block:16x8", "--impl", "nosuch"], "unknown impl"),
         (["block:16x8", "--impl", "triton"], "cannot run"),
-        (["resnet26", "--impl", "halo"], "takes no --impl halo"),
+        (["resnet26", "--impl", "tiled"], "takes no --impl tiled"),
         (["authors:resnet26"], "needs --authors PATH"),
         (["authors:resnet26", "--authors", "/nowhere"], "no ResNet/test_bottleneck.py there"),
         (["authors:nosuch", "--authors", "/nowhere"], "choose one of"),

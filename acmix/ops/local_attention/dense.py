@@ -1,4 +1,4 @@
-"""Sliding-window attention on a CPU as dense attention over all pixels, in eager torch, for small maps.
+"""Sliding-window attention as dense attention over all pixels, in eager torch, for small maps.
 
 Reflection padding only repeats pixels, so attention over the padded window equals attention over the pixels of the
 map with the logarithm of each pixel's multiplicity in the window added to its logit: no padded copies, nothing to
@@ -13,28 +13,27 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from acmix.ops.implementations import Window
 from acmix.ops.reference import positions
 
 # Bytes of logits in flight, so that softmax and products find them in the cache.
 LOGIT_BYTES = 600_000
 
 
-def _multiplicity(size: int, kernel_size: int, stride: int, dilation: int) -> Tensor:
+def _multiplicity(size: int, window: Window) -> Tensor:
     """How often each of `size` pixels (columns) occurs in the reflected window of each query (rows), along one axis."""
-    centre = torch.arange(0, size, stride)[:, None]
-    offset = (torch.arange(kernel_size) - kernel_size // 2) * dilation
+    centre = torch.arange(0, size, window.stride)[:, None]
+    offset = torch.arange(window.kernel_size) * window.dilation - window.reach
     pixel = (centre + offset).abs()
     pixel = torch.where(pixel >= size, 2 * (size - 1) - pixel, pixel)
     return torch.nn.functional.one_hot(pixel, size).sum(1)
 
 
 @lru_cache(64)
-def log_multiplicity(
-    height: int, width: int, kernel_size: int, stride: int, dilation: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def log_multiplicity(height: int, width: int, window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Bias (1, Q, L): the logarithm of how often a pixel occurs in a query's window, -inf where it does not."""
-    rows = _multiplicity(height, kernel_size, stride, dilation)[:, None, :, None]
-    cols = _multiplicity(width, kernel_size, stride, dilation)[None, :, None, :]
+    rows = _multiplicity(height, window)[:, None, :, None]
+    cols = _multiplicity(width, window)[None, :, None, :]
     count = (rows * cols).to(torch.float64)
     return count.log().to(dtype).flatten(0, 1).flatten(1).unsqueeze(0).to(device)
 
@@ -49,15 +48,13 @@ def _heads(maps: Tensor, head_dim: int) -> Tensor:
     return maps.reshape(-1, head_dim, maps.shape[-2] * maps.shape[-1])
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
-) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Window) -> Tensor:
     """The attended map (B, N*d, Ho, Wo); arguments as in the public operation."""
     dim, (height, width) = position_weight.shape[0], q.shape[-2:]
     p = positions(height, width, like=q).flatten(1)
     offset = position_weight.to(p.dtype) @ p
-    bias = log_multiplicity(height, width, kernel_size, stride, dilation, p.dtype, q.device)
-    query = q[..., ::stride, ::stride]
+    bias = log_multiplicity(height, width, window, p.dtype, q.device)
+    query = q[..., :: window.stride, :: window.stride]
     out = query.new_empty(query.shape)
     q, k, v, flat = (_heads(maps, dim) for maps in (query, k, v, out))
     for part in _parts(len(q), bias.numel(), p.itemsize):
@@ -67,22 +64,15 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position_weight: Tensor,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Window
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k, v (contiguous) and the position weight; the logits are computed again."""
     dim, shape, scale = position_weight.shape[0], q.shape, position_weight.shape[0] ** -0.5
     p = positions(shape[-2], shape[-1], like=q).flatten(1)
     offset = position_weight.to(p.dtype) @ p
-    bias = log_multiplicity(*shape[-2:], kernel_size, stride, dilation, p.dtype, q.device)
+    bias = log_multiplicity(*shape[-2:], window, p.dtype, q.device)
     dk, dv = q.new_empty(shape), q.new_empty(shape)
-    query = q[..., ::stride, ::stride]
+    query = q[..., :: window.stride, :: window.stride]
     dquery = q.new_empty(query.shape)
     flat_dq, flat_dk, flat_dv = (_heads(grad, dim) for grad in (dquery, dk, dv))
     q, k, v, g = (_heads(maps, dim) for maps in (query, k, v, grad_out))
@@ -97,7 +87,7 @@ def backward(
         flat_dk[part] = dkey
         pixels += dkey.sum(0)
         flat_dq[part] = torch.bmm(key, dlogits.mT).mul_(scale)
-    return _spread(dquery, shape, stride), dk, dv, (pixels @ -p.mT).to(position_weight.dtype)
+    return _spread(dquery, shape, window.stride), dk, dv, (pixels @ -p.mT).to(position_weight.dtype)
 
 
 def _spread(maps: Tensor, shape: torch.Size, stride: int) -> Tensor:

@@ -1,13 +1,12 @@
 """Sliding-window attention of the ACmix block: public operation, checks, registration with torch.library."""
 
-from importlib import import_module
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from acmix.ops import implementations, native, reference
-from acmix.ops.local_attention.triton import local_attention as triton_attention
+from acmix.ops import reference
+from acmix.ops.implementations import Problem, Window, announcing
+from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
+from acmix.ops.maps import cast_maps, check_maps, empty_like_layout
 
 
 def local_attention(
@@ -34,7 +33,8 @@ def local_attention(
         position_weight: P, (d, 2); its rows give d, and with it the number of heads N.
         kernel_size: K, odd.
         stride: Queries are q[:, :, ::stride, ::stride].
-        impl: `auto`, or one of `reference`, `dense`, `halo`, `compiled`, `triton`: that one runs or the call fails.
+        impl: `auto`, or one of `triton`, `dense`, `cpp`, `tiled`, `reference`: that one runs or the call fails. The
+            former names `compiled` for `cpp` and `halo` for `tiled` still work.
         dilation: Spacing of the window's members in pixels.
 
     Returns:
@@ -50,49 +50,16 @@ def local_attention(
         q, k, v = cast_maps(torch.get_autocast_dtype(device), q, k, v)
         with torch.autocast(device, enabled=False):
             return local_attention(q, k, v, position_weight, kernel_size, stride, impl, dilation=dilation)
-    _check(q, k, v, position_weight, kernel_size, stride, dilation)
-    problem = _describe(q, position_weight, kernel_size, stride, dilation, impl)
-    choice = implementations.resolve(impl, problem)
+    window = Window(kernel_size, stride, dilation)
+    _check(q, k, v, position_weight, window)
+    choice = LOCAL_ATTENTION.resolve(impl, Problem.of(q, q.shape[1] // position_weight.shape[0], window))
     if choice == "reference":
-        if not torch.compiler.is_compiling():
-            implementations.announce(choice, problem)
         return reference.local_attention(q, k, v, position_weight, kernel_size, stride, dilation)
     return _forward(q, k, v, position_weight, kernel_size, stride, dilation, choice)[0]
 
 
-def cast_maps(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What autocast does to the operands of a matrix product: to `dtype`, except from float64."""
-    return tuple(m if m.dtype == torch.float64 else m.to(dtype) for m in (q, k, v))  # type: ignore[return-value]
-
-
-def _describe(
-    q: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int, impl: str
-) -> implementations.Problem:
-    head_dim = position_weight.shape[0]
-    may_compile = implementations.may_compile()
-    ask = q.device.type == "cpu" and (impl == "compiled" or (impl == "auto" and may_compile))
-    return implementations.Problem(
-        device=q.device.type,
-        dtype=q.dtype,
-        shape=(q.shape[0], q.shape[1], q.shape[2], q.shape[3]),
-        head_dim=head_dim,
-        kernel_size=kernel_size,
-        stride=stride,
-        dilation=dilation,
-        may_compile=may_compile,
-        triton_refusal=triton_attention.unsupported(q, kernel_size, stride, dilation, head_dim),
-        compiled_refusal=native.refusal("local_attention/attention.cpp", q.dtype, kernel_size, 0) if ask else None,
-    )
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
-) -> None:
-    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
-        raise ValueError(
-            f"q, k and v must be maps of one shape (B, heads * head_dim, H, W), got {tuple(q.shape)}, {tuple(k.shape)} "
-            f"and {tuple(v.shape)}"
-        )
+def _check(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Window) -> None:
+    check_maps(q, k, v)
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if position_weight.dim() != 2 or position_weight.shape[1] != 2:
@@ -103,31 +70,13 @@ def _check(
             f"{q.shape[1]} channels do not divide into heads of width {head_dim} (the rows of position_weight): "
             f"choose channels = heads * {head_dim}"
         )
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    if min(q.shape[-2:]) <= window.reach:
         raise ValueError(
-            f"kernel_size {kernel_size} has no centre pixel: choose an odd size, such as {max(kernel_size, 0) + 1}"
+            f"a {q.shape[-2]}×{q.shape[-1]} map is too small for kernel_size {window.kernel_size} with dilation "
+            f"{window.dilation}: reflection padding reaches {window.reach} pixels and needs a map of at least "
+            f"{window.reach + 1}×{window.reach + 1}; use a larger input, a smaller kernel_size or less stride before "
+            f"this layer"
         )
-    if stride < 1 or dilation < 1:
-        raise ValueError(f"stride and dilation must be at least 1, got stride {stride} and dilation {dilation}")
-    reach = dilation * (kernel_size // 2)
-    if min(q.shape[-2:]) <= reach:
-        raise ValueError(
-            f"a {q.shape[-2]}×{q.shape[-1]} map is too small for kernel_size {kernel_size} with dilation {dilation}: "
-            f"reflection padding reaches {reach} pixels and needs a map of at least {reach + 1}×{reach + 1}; use a "
-            f"larger input, a smaller kernel_size or less stride before this layer"
-        )
-
-
-_MODULES = {
-    "dense": "acmix.ops.local_attention.dense",
-    "halo": "acmix.ops.local_attention.tiled",
-    "compiled": "acmix.ops.local_attention.cpp",
-    "triton": "acmix.ops.local_attention.triton.local_attention",
-}
-
-
-def _implementation(impl: str) -> ModuleType:
-    return import_module(_MODULES[impl])
 
 
 @torch.library.custom_op("acmix::local_attention", mutates_args=())
@@ -142,8 +91,10 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The attended map, and the log-sum-exp of the logits where the implementation's backward pass needs it."""
-    implementations.announce(impl, _describe(q, position_weight, kernel_size, stride, dilation, impl))
-    result = _implementation(impl).forward(q, k, v, position_weight, kernel_size, stride, dilation)
+    window = Window(kernel_size, stride, dilation)
+    if announcing():  # a compiled graph does not come through `resolve`
+        LOCAL_ATTENTION.announce(impl, Problem.of(q, q.shape[1] // position_weight.shape[0], window))
+    result = LOCAL_ATTENTION.load(impl).forward(q, k, v, position_weight, window)
     return result if impl == "triton" else (result, q.new_empty(0, dtype=torch.float32))
 
 
@@ -159,11 +110,11 @@ def _(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = q.shape
-    size = (-(-height // stride), -(-width // stride))
+    size = Window(kernel_size, stride, dilation).out_size(height, width)
     if impl != "triton":
         return q.new_empty(batch, channels, *size), q.new_empty(0, dtype=torch.float32)
     lse = q.new_empty(batch, channels // position_weight.shape[0], *size, dtype=torch.float32)
-    return _empty_like_layout(q, *size), lse
+    return empty_like_layout(q, *size), lse
 
 
 @torch.library.custom_op("acmix::local_attention_backward", mutates_args=())
@@ -182,8 +133,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the position weight; logits are computed again."""
     saved = (out, lse) if impl == "triton" else ()
+    window = Window(kernel_size, stride, dilation)
     with torch.autocast(q.device.type, enabled=False):  # a backward pass may be started under autocast
-        return _implementation(impl).backward(grad_out, q, k, v, position_weight, *saved, kernel_size, stride, dilation)
+        return LOCAL_ATTENTION.load(impl).backward(grad_out, q, k, v, position_weight, *saved, window)
 
 
 @_backward.register_fake
@@ -200,14 +152,8 @@ def _(
     dilation: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [_empty_like_layout(m, *m.shape[-2:]) if impl == "triton" else m.new_empty(m.shape) for m in (q, k, v)]
+    grads = [empty_like_layout(m, *m.shape[-2:]) if impl == "triton" else m.new_empty(m.shape) for m in (q, k, v)]
     return grads[0], grads[1], grads[2], torch.empty_like(position_weight, memory_format=torch.contiguous_format)
-
-
-def _empty_like_layout(maps: Tensor, height: int, width: int) -> Tensor:
-    from acmix.ops.local_attention.triton.launch import empty_like_layout
-
-    return empty_like_layout(maps, height, width)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""Sliding-window attention on a CPU by blocks of queries with a halo of keys, in eager torch, for maps of any size.
+"""Sliding-window attention by tiles of queries with a halo of keys, in eager torch, for maps of any size.
 
 The padded map is cut into overlapping vertical strips, once; a tile of `rows` × `cols` queries then finds the
 `halo_rows` × `halo_cols` keys it can reach as one contiguous slice of a strip, so that logits, values and all three
@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from acmix.ops.implementations import Window
 from acmix.ops.reference import positions
 
 # Bytes of logits in flight: small enough for the second-level cache of a core, large enough to hide the call overhead.
@@ -55,7 +56,7 @@ class Tiling:
         return down, (self.across - 1) * self.cols * self.stride + self.halo_cols
 
 
-def choose_tile(stride: int, kernel_size: int, width: int) -> tuple[int, int]:
+def choose_tile(stride: int, width: int) -> tuple[int, int]:
     """The fastest tile over the maps measured: wide and flat, smaller where a stride spreads the keys."""
     if stride > 1:
         return 4, 4
@@ -93,30 +94,33 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """One call: sizes, the cut into parts of heads, and the cut of a dilated window into dense ones."""
+class _Plan:
+    """How one call is cut: into parts of heads, and a dilated window into dense ones."""
 
     batch: int
     heads: int
     height: int
     width: int
-    kernel_size: int
-    stride: int
-    dilation: int
+    window: Window
     tile: tuple[int, int]
 
-    @property
-    def reach(self) -> int:
-        return self.dilation * (self.kernel_size // 2)
+    @classmethod
+    def of(cls, q: Tensor, head_dim: int, window: Window) -> "_Plan":
+        batch, channels, height, width = q.shape
+        tile = choose_tile(window.stride, window.out_size(height, width)[1])
+        return cls(batch, channels // head_dim, height, width, window, tile)
 
     @property
     def out_size(self) -> tuple[int, int]:
-        return -(-self.height // self.stride), -(-self.width // self.stride)
+        return self.window.out_size(self.height, self.width)
+
+    def cut(self, height: int, width: int) -> Tiling:
+        """The tiling of a map of so many queries."""
+        return Tiling.of(height, width, self.window.kernel_size, self.window.stride, self.tile)
 
     def parts(self, itemsize: int) -> Iterator[tuple[slice, slice]]:
         """Slices of images and heads: some heads of one image, or all heads of some images."""
-        height, width = (-(-n // self.dilation) for n in self.out_size)
-        cut = Tiling.of(height, width, self.kernel_size, self.stride, self.tile)
+        cut = self.cut(*(-(-n // self.window.dilation) for n in self.out_size))
         step = max(1, LOGIT_BYTES // (cut.across * cut.queries * cut.keys * itemsize))
         images, heads = max(1, step // self.heads), min(step, self.heads)
         for image in range(0, self.batch, images):
@@ -125,10 +129,11 @@ class _Problem:
 
     def phases(self) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
         """Pairs (queries, padded keys) of sub-grids on which a dilated window is a dense one."""
-        for y in range(min(self.dilation, self.out_size[0])):
-            for x in range(min(self.dilation, self.out_size[1])):
-                queries = (slice(y, None, self.dilation), slice(x, None, self.dilation))
-                keys = (slice(y * self.stride, None, self.dilation), slice(x * self.stride, None, self.dilation))
+        stride, dilation = self.window.stride, self.window.dilation
+        for y in range(min(dilation, self.out_size[0])):
+            for x in range(min(dilation, self.out_size[1])):
+                queries = (slice(y, None, dilation), slice(x, None, dilation))
+                keys = (slice(y * stride, None, dilation), slice(x * stride, None, dilation))
                 yield queries, keys
 
 
@@ -275,44 +280,30 @@ def _attend_backward(
     _add_strips(grads[2], dv_strips, cut)
 
 
-def _problem(q: Tensor, head_dim: int, kernel_size: int, stride: int, dilation: int) -> _Problem:
-    tile = choose_tile(stride, kernel_size, -(-q.shape[-1] // stride))
-    return _Problem(q.shape[0], q.shape[1] // head_dim, q.shape[-2], q.shape[-1], kernel_size, stride, dilation, tile)
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
-) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Window) -> Tensor:
     """The attended map (B, N*d, Ho, Wo); arguments as in the public operation."""
-    head_dim = position_weight.shape[0]
-    problem = _problem(q, head_dim, kernel_size, stride, dilation)
+    head_dim, stride, reach = position_weight.shape[0], window.stride, window.reach
+    plan = _Plan.of(q, head_dim, window)
     p = positions(q.shape[-2], q.shape[-1], like=q)
     offset = torch.einsum("dp,pyx->dyx", position_weight.to(p.dtype), p)
-    out = q.new_empty(q.shape[0], q.shape[1], *problem.out_size)
+    out = q.new_empty(q.shape[0], q.shape[1], *plan.out_size)
     q, k, v, split = (maps.unflatten(1, (-1, head_dim)) for maps in (q[..., ::stride, ::stride], k, v, out))
     ws = Workspace(p)
-    for part in problem.parts(p.itemsize):
-        key, value = _pad(ws, "key", k[part], problem.reach, minus=offset), _pad(ws, "value", v[part], problem.reach)
-        for at_q, at_k in problem.phases():
+    for part in plan.parts(p.itemsize):
+        key, value = _pad(ws, "key", k[part], reach, minus=offset), _pad(ws, "value", v[part], reach)
+        for at_q, at_k in plan.phases():
             target = split[part][..., *at_q]
-            cut = Tiling.of(target.shape[-2], target.shape[-1], kernel_size, stride, problem.tile)
-            _attend(ws, q[part][..., *at_q], key[..., *at_k], value[..., *at_k], target, kernel_size, cut)
+            cut = plan.cut(*target.shape[-2:])
+            _attend(ws, q[part][..., *at_q], key[..., *at_k], value[..., *at_k], target, window.kernel_size, cut)
     return out
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position_weight: Tensor,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Window
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k, v (contiguous) and the position weight; the logits are computed again."""
-    head_dim, shape = position_weight.shape[0], q.shape
-    problem = _problem(q, head_dim, kernel_size, stride, dilation)
+    head_dim, shape, stride, reach = position_weight.shape[0], q.shape, window.stride, window.reach
+    plan = _Plan.of(q, head_dim, window)
     p = positions(q.shape[-2], q.shape[-1], like=q)
     offset = torch.einsum("dp,pyx->dyx", position_weight.to(p.dtype), p)
     dq, dk, dv = (q.new_empty(shape) for _ in range(3))
@@ -321,17 +312,17 @@ def backward(
     maps = (q[..., ::stride, ::stride], k, v, grad_out, dq[..., ::stride, ::stride], dk, dv)
     q, k, v, g, split_dq, split_dk, split_dv = (m.unflatten(1, (-1, head_dim)) for m in maps)
     ws, pixels = Workspace(p), p.new_zeros(head_dim, *shape[-2:])
-    for part in problem.parts(p.itemsize):
-        key, value = _pad(ws, "key", k[part], problem.reach, minus=offset), _pad(ws, "value", v[part], problem.reach)
+    for part in plan.parts(p.itemsize):
+        key, value = _pad(ws, "key", k[part], reach, minus=offset), _pad(ws, "value", v[part], reach)
         dkey, dvalue = ws("dkey", *key.shape).zero_(), ws("dvalue", *value.shape).zero_()
-        for at_q, at_k in problem.phases():
+        for at_q, at_k in plan.phases():
             pieces = (g[part][..., *at_q], q[part][..., *at_q], key[..., *at_k], value[..., *at_k])
-            cut = Tiling.of(pieces[0].shape[-2], pieces[0].shape[-1], kernel_size, stride, problem.tile)
+            cut = plan.cut(*pieces[0].shape[-2:])
             grads = (split_dq[part][..., *at_q], dkey[..., *at_k], dvalue[..., *at_k])
-            _attend_backward(ws, pieces, grads, kernel_size, cut)
-        dkey = _unreflect(dkey, problem.reach)
+            _attend_backward(ws, pieces, grads, window.kernel_size, cut)
+        dkey = _unreflect(dkey, reach)
         split_dk[part].copy_(dkey.unflatten(0, split_dk[part].shape[:2]))
-        split_dv[part].copy_(_unreflect(dvalue, problem.reach).unflatten(0, split_dv[part].shape[:2]))
+        split_dv[part].copy_(_unreflect(dvalue, reach).unflatten(0, split_dv[part].shape[:2]))
         pixels += dkey.sum(0)
     dposition = -torch.einsum("dyx,pyx->dp", pixels, p)
     return dq, dk, dv, dposition.to(position_weight.dtype)

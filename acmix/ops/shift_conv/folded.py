@@ -1,4 +1,4 @@
-"""The folded convolution path on a CPU: one grouped convolution over q, k and v, some images at a time.
+"""The folded convolution path: one grouped convolution over q, k and v, some images at a time.
 
 The grouped convolution wants the 3N maps of a channel side by side, (d, 3N), while q, k and v hold them as (N, d). The
 reordered copy is made for a few images at a time, so that it stays in the cache, and again in the backward pass.
@@ -9,6 +9,8 @@ from math import gcd
 
 import torch
 from torch import Tensor
+
+from acmix.ops.implementations import Window
 
 # Bytes of reordered maps in flight.
 CHUNK_BYTES = 2_500_000
@@ -59,34 +61,34 @@ def _reorder(maps: list[Tensor], head_dim: int) -> Tensor:
     return together.flatten(1, 3)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window) -> Tensor:
     """Grouped convolution of q, k, v (B, N*d, H, W) with weight (N*d, 3N, k, k): (B, N*d, Ho, Wo), channels (d, N)."""
-    heads, kernel = weight.shape[1] // 3, weight.shape[-1]
+    heads = weight.shape[1] // 3
     head_dim = weight.shape[0] // heads
     merge = merged_groups(heads, head_dim)
-    merged, padding = merge_weight(weight, heads, merge), dilation * (kernel // 2)
-    out = q.new_empty(q.shape[0], weight.shape[0], -(-q.shape[2] // stride), -(-q.shape[3] // stride))
+    merged = merge_weight(weight, heads, merge)
+    out = q.new_empty(*q.shape[:2], *window.out_size(*q.shape[2:]))
     for part in _chunks(q):
         maps = _reorder([q[part], k[part], v[part]], head_dim)
-        out[part] = torch.conv2d(maps, merged, None, stride, padding, dilation, head_dim // merge)
+        out[part] = torch.conv2d(maps, merged, None, window.stride, window.reach, window.dilation, head_dim // merge)
     return out
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (contiguous) and the weight."""
-    heads, kernel = weight.shape[1] // 3, weight.shape[-1]
+    heads = weight.shape[1] // 3
     head_dim = weight.shape[0] // heads
     merge = merged_groups(heads, head_dim)
-    merged, padding = merge_weight(weight, heads, merge), dilation * (kernel // 2)
+    merged = merge_weight(weight, heads, merge)
     grads = tuple(q.new_empty(q.shape) for _ in range(3))
     dweight = torch.zeros_like(merged, dtype=torch.promote_types(weight.dtype, torch.float32))
     for part in _chunks(q):
         maps = _reorder([q[part], k[part], v[part]], head_dim)
         dmaps, share, _ = torch.ops.aten.convolution_backward(
-            grad_out[part], maps, merged, None, [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0],
-            head_dim // merge, [True, True, False],
+            grad_out[part], maps, merged, None, [window.stride] * 2, [window.reach] * 2,
+            [window.dilation] * 2, False, [0, 0], head_dim // merge, [True, True, False],
         )  # fmt: skip
         dweight += share
         dmaps = dmaps.unflatten(1, (head_dim, 3, heads))

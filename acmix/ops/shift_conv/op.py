@@ -1,14 +1,13 @@
 """The convolution path of the ACmix block: public operation, checks, folding, registration with torch.library."""
 
-from importlib import import_module
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acmix.ops import implementations, native, reference
-from acmix.ops.local_attention.op import cast_maps
+from acmix.ops import reference
+from acmix.ops.implementations import Problem, Window, announcing
+from acmix.ops.maps import cast_maps, check_maps, is_channels_last
+from acmix.ops.shift_conv.implementations import SHIFT_CONV
 
 
 def shift_conv(
@@ -37,9 +36,9 @@ def shift_conv(
         fc_bias: (k²,) or None; it passes through the zero-padded shift, so it is no constant near the border.
         bias: (N*d,) or None.
         stride, dilation: Of the grouped convolution; its padding is dilation * (k // 2), zeros.
-        impl: `auto`, or one of `reference` (two steps), `folded` (grouped convolution), `unfolded` (two steps over
-            channels_last maps, fewer products from 5 heads on), `compiled` (folded, in C++, on a CPU), `dense` (folded,
-            zeros between the groups): that one runs or the call fails.
+        impl: `auto`, or one of `unfolded` (two steps over channels_last maps, fewer products from 5 heads on), `cpp`
+            (folded, in C++, on a CPU), `folded` (grouped convolution), `dense` (folded, zeros between the groups),
+            `reference` (two steps): that one runs or the call fails. The former name `compiled` for `cpp` still works.
 
     Returns:
         (B, N*d, ceil(H / stride), ceil(W / stride)), channels (head_dim, head): the authors' order, which is added
@@ -48,7 +47,6 @@ def shift_conv(
     Raises:
         ValueError: for shapes that do not fit together, an even k, an unknown impl, or an impl that cannot run here.
     """
-    _check(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
     device = q.device.type
     if torch.is_autocast_enabled(device):
         q, k, v = cast_maps(torch.get_autocast_dtype(device), q, k, v)
@@ -57,42 +55,33 @@ def shift_conv(
                 q, k, v, fc_weight, shift_weight,
                 fc_bias=fc_bias, bias=bias, stride=stride, dilation=dilation, impl=impl,
             )  # fmt: skip
-    heads, may_compile = fc_weight.shape[1] // 3, implementations.may_compile()
-    ask = device == "cpu" and (impl == "compiled" or (impl == "auto" and may_compile))
-    refusal = native.refusal("shift_conv/convolution.cpp", q.dtype, shift_weight.shape[-1], heads) if ask else None
-    choice = implementations.resolve_shift_conv(
-        impl, device, may_compile, refusal, channels_last=_is_channels_last(q), heads=heads
-    )
-    if not torch.compiler.is_compiling():
-        implementations.announce_shift_conv(choice, device, tuple(q.shape), may_compile, refusal)
-    if choice == "reference":
+    window = Window(shift_weight.shape[-1], stride, dilation)
+    _check(q, k, v, fc_weight, shift_weight, fc_bias, bias)
+    choice = SHIFT_CONV.resolve(impl, Problem.of(q, fc_weight.shape[1] // 3, window))
+    if choice in ("reference", "unfolded"):
         fc_weight, shift_weight = fc_weight.to(q.dtype), shift_weight.to(q.dtype)
         fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))
-        return reference.shift_conv(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
-    if choice == "unfolded":
-        return _unfolded(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
+        two_steps = reference.shift_conv if choice == "reference" else _unfolded
+        return two_steps(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
     weight = torch.einsum("oiyx,im->omyx", shift_weight, fc_weight)
-    out = convolve(q, k, v, weight.to(q.dtype), stride, dilation, choice)
+    out = _convolve(q, k, v, weight.to(q.dtype), window, choice)
     if fc_bias is not None:
-        out = out + _bias_map(fc_bias, shift_weight, q, stride, dilation).to(q.dtype)
+        out = out + _bias_map(fc_bias, shift_weight, q, window).to(q.dtype)
     return out if bias is None else out + bias.to(q.dtype)[:, None, None]
 
 
-def convolve(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1, impl: str = "folded"
-) -> Tensor:
+def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, impl: str) -> Tensor:
     """The folded convolution itself: maps (B, N*d, H, W), weight (N*d, 3N, k, k), rows (head_dim, head), d groups."""
     if impl == "dense":
-        return _convolve_dense(q, k, v, weight, stride, dilation)
+        return _convolve_dense(q, k, v, weight, window)
     heads = weight.shape[1] // 3
-    padding = dilation * (weight.shape[-1] // 2)
-    if q.device.type == "cpu" and impl == "folded" and _is_channels_last(q):
-        maps = _side_by_side(q, k, v, heads)
-        return F.conv2d(_as_map(maps), weight, None, stride, padding, dilation, maps.shape[3])
-    if q.device.type == "cpu":
-        return _forward(q, k, v, weight, stride, dilation, impl)
-    maps = torch.stack([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
-    return F.conv2d(maps, weight, None, stride, padding, dilation, weight.shape[0] // heads)
+    if q.device.type == "cpu" and impl == "folded" and is_channels_last(q):
+        maps = _as_map(_side_by_side(q, k, v, heads))
+    elif q.device.type == "cpu":
+        return _forward(q, k, v, weight, window.stride, window.dilation, impl)
+    else:
+        maps = torch.stack([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
+    return F.conv2d(maps, weight, None, window.stride, window.reach, window.dilation, weight.shape[0] // heads)
 
 
 def _unfolded(
@@ -107,16 +96,10 @@ def _unfolded(
     dilation: int,
 ) -> Tensor:
     """Both steps, the maps of a channel side by side: the first is one matrix product; the result is channels_last."""
-    fc_weight, shift_weight = fc_weight.to(q.dtype), shift_weight.to(q.dtype)
-    fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))
     maps = _side_by_side(q, k, v, fc_weight.shape[1] // 3)
     mixed = _as_map(F.linear(maps, fc_weight, fc_bias))
     padding = dilation * (shift_weight.shape[-1] // 2)
     return F.conv2d(mixed, shift_weight, bias, stride, padding, dilation, maps.shape[3])
-
-
-def _is_channels_last(q: Tensor) -> bool:
-    return q.stride(1) == 1 and q.shape[1] > 1
 
 
 def _side_by_side(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -129,7 +112,7 @@ def _as_map(side_by_side: Tensor) -> Tensor:
     return side_by_side.flatten(3).permute(0, 3, 1, 2)
 
 
-def _convolve_dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def _convolve_dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window) -> Tensor:
     """One ungrouped convolution, zeros between the groups: d times the products, but no reordering of the maps."""
     heads = weight.shape[1] // 3
     head_dim = weight.shape[0] // heads
@@ -137,21 +120,20 @@ def _convolve_dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int
     # (d, N) outputs by (q/k/v and head, d) inputs
     spread = torch.einsum("cnmyx,ce->cnmeyx", weight.unflatten(0, (head_dim, heads)), same_group)
     dense = spread.flatten(2, 3).flatten(0, 1)
-    return F.conv2d(torch.cat([q, k, v], 1), dense, None, stride, dilation * (weight.shape[-1] // 2), dilation)
+    return F.conv2d(torch.cat([q, k, v], 1), dense, None, window.stride, window.reach, window.dilation)
 
 
-def _bias_map(fc_bias: Tensor, shift_weight: Tensor, like: Tensor, stride: int, dilation: int) -> Tensor:
+def _bias_map(fc_bias: Tensor, shift_weight: Tensor, like: Tensor, window: Window) -> Tensor:
     """What the fully connected layer's bias adds to each position: (N*d, Ho, Wo), from the taps that lie in the map."""
     taps = torch.einsum("oiyx,i->oyx", shift_weight, fc_bias)
-    rows, columns = (_inside(size, taps, stride, dilation) for size in like.shape[-2:])
+    rows, columns = (_inside(size, taps, window) for size in like.shape[-2:])
     return rows.T @ (taps @ columns)
 
 
-def _inside(size: int, taps: Tensor, stride: int, dilation: int) -> Tensor:
+def _inside(size: int, taps: Tensor, window: Window) -> Tensor:
     """1 where a tap (rows) at an output position (columns) meets the map and not its padding, along one axis."""
-    kernel = taps.shape[-1]
-    tap = (torch.arange(kernel, device=taps.device) - kernel // 2) * dilation
-    place = torch.arange(0, size, stride, device=taps.device) + tap[:, None]
+    tap = torch.arange(window.kernel_size, device=taps.device) * window.dilation - window.reach
+    place = torch.arange(0, size, window.stride, device=taps.device) + tap[:, None]
     return ((place >= 0) & (place < size)).to(taps.dtype)
 
 
@@ -163,18 +145,10 @@ def _check(
     shift_weight: Tensor,
     fc_bias: Tensor | None,
     bias: Tensor | None,
-    stride: int,
-    dilation: int,
 ) -> None:
-    if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
-        raise ValueError(
-            f"q, k and v must be maps of one shape (B, heads * head_dim, H, W), got {tuple(q.shape)}, {tuple(k.shape)} "
-            f"and {tuple(v.shape)}"
-        )
-    kernel = shift_weight.shape[-1]
-    if kernel % 2 == 0:
-        raise ValueError(f"a {kernel}×{kernel} shift kernel has no centre: choose an odd size, such as {kernel + 1}")
-    channels, taps = q.shape[1], kernel * kernel
+    check_maps(q, k, v)
+    channels, kernel = q.shape[1], shift_weight.shape[-1]
+    taps = kernel * kernel
     if tuple(shift_weight.shape) != (channels, taps, kernel, kernel):
         raise ValueError(
             f"shift_weight must be (channels, k², k, k) = {(channels, taps, kernel, kernel)} for {channels} channels "
@@ -189,26 +163,21 @@ def _check(
         raise ValueError(f"fc_bias must be (k²,) = ({taps},), got {tuple(fc_bias.shape)}")
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"bias must be (channels,) = ({channels},), got {tuple(bias.shape)}")
-    if stride < 1 or dilation < 1:
-        raise ValueError(f"stride and dilation must be at least 1, got stride {stride} and dilation {dilation}")
-
-
-_MODULES = {"folded": "acmix.ops.shift_conv.folded", "compiled": "acmix.ops.shift_conv.cpp"}
-
-
-def _implementation(impl: str) -> ModuleType:
-    return import_module(_MODULES[impl])
 
 
 @torch.library.custom_op("acmix::grouped_conv", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
     """Grouped convolution over the maps of q, k and v on a CPU, without a reordered copy of them all."""
-    return _implementation(impl).forward(q, k, v, weight, stride, dilation)
+    window = Window(weight.shape[-1], stride, dilation)
+    if announcing():  # a compiled graph does not come through `resolve`
+        SHIFT_CONV.announce(impl, Problem.of(q, weight.shape[1] // 3, window))
+    return SHIFT_CONV.load(impl).forward(q, k, v, weight, window)
 
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
-    return q.new_empty(q.shape[0], weight.shape[0], -(-q.shape[2] // stride), -(-q.shape[3] // stride))
+    size = Window(weight.shape[-1], stride, dilation).out_size(*q.shape[2:])
+    return q.new_empty(q.shape[0], weight.shape[0], *size)
 
 
 @torch.library.custom_op("acmix::grouped_conv_backward", mutates_args=())
@@ -216,8 +185,9 @@ def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the weight."""
+    window = Window(weight.shape[-1], stride, dilation)
     with torch.autocast(q.device.type, enabled=False):  # a backward pass may be started under autocast
-        return _implementation(impl).backward(grad_out, q, k, v, weight, stride, dilation)
+        return SHIFT_CONV.load(impl).backward(grad_out, q, k, v, weight, window)
 
 
 @_backward.register_fake

@@ -1,4 +1,4 @@
 """Local attention as Triton kernels, for CUDA devices.
 
-Nothing here imports Triton before a kernel is asked for, so the package can be imported where Triton is not installed.
+`limits` says what they can run and imports no Triton; `kernels`, loaded with the first call, does.
 """

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from acmix.ops.local_attention.triton.launch import Problem, device_guard, empty_like_layout, launch
+from acmix.ops.implementations import Window
+from acmix.ops.local_attention.triton.launch import Geometry, device_guard, launch
 from acmix.ops.local_attention.triton.window import LN2, NEVER, dot, locate, log2_count, pixel_offsets
+from acmix.ops.maps import empty_like_layout
 
 
 @triton.jit
@@ -169,27 +171,27 @@ def _key_gradient_kernel(
 
 
 def query_gradient(
-    problem: Problem, maps: tuple[Tensor, ...], position_weight: Tensor, out: Tensor, lse: Tensor
+    geometry: Geometry, maps: tuple[Tensor, ...], position_weight: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq in the layout of q, delta (B, N, Ho, Wo) and dP (d, 2), the latter two in float32."""
     q = maps[1]
-    dq = empty_like_layout(q, problem.height, problem.width)
-    if problem.stride > 1:
+    dq = empty_like_layout(q, *geometry.size)
+    if geometry.window.stride > 1:
         dq.zero_()  # the kernel visits queries only
     delta = torch.empty_like(lse)
-    arguments = problem.arguments(problem.query_tile("dq"), (problem.out_height, problem.out_width), *maps, out, dq)
+    arguments = geometry.arguments(geometry.query_tile("dq"), geometry.out_size, *maps, out, dq)
     shares = torch.empty((math.prod(arguments["grid"]), arguments["D"], 2), dtype=torch.float32, device=q.device)
     strides = [step for tensor in (*maps, out, dq) for step in tensor.stride()]
     launch(_query_gradient_kernel, arguments, *maps, position_weight, out, lse, dq, delta, shares, *strides)
-    return dq, delta, shares.sum(0)[: problem.head_dim] * -problem.scale
+    return dq, delta, shares.sum(0)[: geometry.head_dim] * -geometry.scale
 
 
 def key_gradient(
-    problem: Problem, maps: tuple[Tensor, ...], position_weight: Tensor, lse: Tensor, delta: Tensor
+    geometry: Geometry, maps: tuple[Tensor, ...], position_weight: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dk and dv in the layouts of k and v."""
-    dk, dv = (empty_like_layout(m, problem.height, problem.width) for m in maps[2:])
-    arguments = problem.arguments(problem.key_tile("dkv"), (problem.height, problem.width), *maps, dk, dv)
+    dk, dv = (empty_like_layout(m, *geometry.size) for m in maps[2:])
+    arguments = geometry.arguments(geometry.key_tile("dkv"), geometry.size, *maps, dk, dv)
     strides = [step for tensor in (*maps, dk, dv) for step in tensor.stride()]
     launch(_key_gradient_kernel, arguments, *maps, position_weight, lse, delta, dk, dv, *strides)
     return dk, dv
@@ -203,15 +205,13 @@ def backward(
     position_weight: Tensor,
     out: Tensor,
     lse: Tensor,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
+    window: Window,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch both kernels: (dq, dk, dv, dP) as `local_attention.py` beside this file documents them."""
-    problem = Problem.of(q, position_weight, kernel_size, stride, dilation)
+    """Gradients (dq, dk, dv, dP) of `forward`, from its inputs and both outputs; no logit was stored."""
+    geometry = Geometry.of(q, position_weight, window)
     weight = position_weight.contiguous()
     maps = (grad_out, q, k, v)
     with device_guard(q):
-        dq, delta, d_position = query_gradient(problem, maps, weight, out, lse)
-        dk, dv = key_gradient(problem, maps, weight, lse, delta)
+        dq, delta, d_position = query_gradient(geometry, maps, weight, out, lse)
+        dk, dv = key_gradient(geometry, maps, weight, lse, delta)
     return dq, dk, dv, d_position.to(position_weight.dtype)

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from acmix.ops.local_attention.triton.launch import Problem, device_guard, empty_like_layout, launch
+from acmix.ops.implementations import Window
+from acmix.ops.local_attention.triton.launch import Geometry, device_guard, launch
 from acmix.ops.local_attention.triton.window import LN2, dot, locate, log2_count, pixel_offsets
+from acmix.ops.maps import empty_like_layout
 
 
 @triton.jit
@@ -81,15 +83,17 @@ def _forward_kernel(
     tl.store(lse_ptr + out_y * out_width + out_x, lse, mask=owned)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel: (out, lse) as `local_attention.py` beside this file documents them."""
-    problem = Problem.of(q, position_weight, kernel_size, stride, dilation)
-    out_size = (problem.out_height, problem.out_width)
+def forward(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Output (B, N*d, Ho, Wo) in q's dtype and layout, and the logits' log-sum-exp (B, N, Ho, Wo), float32, nats.
+
+    The log-sum-exp leaves out what cancels in the softmax (the query's own position); `backward` expects it so.
+    Arguments as in the public operation, which has checked them and what the kernels can run.
+    """
+    geometry = Geometry.of(q, position_weight, window)
+    out_size = geometry.out_size
     out = empty_like_layout(q, *out_size)
-    lse = torch.empty((problem.batch, problem.heads, *out_size), dtype=torch.float32, device=q.device)
-    arguments = problem.arguments(problem.query_tile("forward"), out_size, q, k, v, out)
+    lse = torch.empty((geometry.batch, geometry.heads, *out_size), dtype=torch.float32, device=q.device)
+    arguments = geometry.arguments(geometry.query_tile("forward"), out_size, q, k, v, out)
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride())
     with device_guard(q):
         launch(_forward_kernel, arguments, q, k, v, position_weight.contiguous(), out, lse, *strides)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acmix.ops.local_attention.triton.tiles import Tile, Window, choose_tile, padded_head_dim
+from acmix.ops.implementations import Window
+from acmix.ops.local_attention.triton.tiles import Surroundings, Tile, choose_tile, padded_head_dim
 
 
 @dataclass(frozen=True)
-class Problem:
+class Geometry:
     """One local attention: its sizes, derived numbers and how its products are taken."""
 
     batch: int
@@ -20,34 +21,29 @@ class Problem:
     head_dim: int
     height: int
     width: int
-    kernel_size: int
-    stride: int
-    dilation: int
+    window: Window
     dtype: torch.dtype
     tf32: bool
     scattered: bool
     """Whether the channels of a pixel are apart in memory."""
 
     @classmethod
-    def of(cls, q: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int) -> "Problem":
+    def of(cls, q: Tensor, position_weight: Tensor, window: Window) -> "Geometry":
         batch, channels, height, width = q.shape
         head_dim = position_weight.shape[0]
-        sizes = (batch, channels // head_dim, head_dim, height, width, kernel_size, stride, dilation)
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return cls(*sizes, q.dtype, tf32, scattered=q.stride(1) != 1)
+        sizes = (batch, channels // head_dim, head_dim, height, width)
+        return cls(*sizes, window, q.dtype, tf32, scattered=q.stride(1) != 1)
 
     @property
-    def reach(self) -> int:
-        """Pixels from a query to the edge of its window."""
-        return self.dilation * (self.kernel_size // 2)
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of keys."""
+        return self.height, self.width
 
     @property
-    def out_height(self) -> int:
-        return -(-self.height // self.stride)
-
-    @property
-    def out_width(self) -> int:
-        return -(-self.width // self.stride)
+    def out_size(self) -> tuple[int, int]:
+        """Rows and columns of queries."""
+        return self.window.out_size(self.height, self.width)
 
     @property
     def scale(self) -> float:
@@ -57,38 +53,39 @@ class Problem:
         """The tile of a kernel (forward, dq) that owns queries and streams keys."""
 
         def extent(side: int) -> int:
-            return (side - 1) * self.stride + 2 * self.reach + 1
+            return (side - 1) * self.window.stride + 2 * self.window.reach + 1
 
-        window = Window(self.out_height, self.out_width, self.height, self.width, extent)
-        return choose_tile(kernel, window, self.head_dim, self.dtype, self.tf32, self.scattered)
+        surroundings = Surroundings(*self.out_size, *self.size, extent)
+        return choose_tile(kernel, surroundings, self.head_dim, self.dtype, self.tf32, self.scattered)
 
     def key_tile(self, kernel: str) -> Tile:
         """The tile of a kernel (dkv) that owns keys and streams queries."""
 
         def extent(side: int) -> int:
-            return (side - 1 + 2 * self.reach) // self.stride + 1
+            return (side - 1 + 2 * self.window.reach) // self.window.stride + 1
 
-        window = Window(self.height, self.width, self.out_height, self.out_width, extent)
-        return choose_tile(kernel, window, self.head_dim, self.dtype, self.tf32, self.scattered)
+        surroundings = Surroundings(*self.size, *self.out_size, extent)
+        return choose_tile(kernel, surroundings, self.head_dim, self.dtype, self.tf32, self.scattered)
 
     def arguments(self, tile: Tile, tiled: tuple[int, int], *maps: Tensor) -> dict[str, Any]:
         """The keyword arguments that all kernels take alike: sizes, constants of the maths, compile-time choices."""
+        out_height, out_width = self.out_size
         tiles_y, tiles_x = -(-tiled[0] // tile.height), -(-tiled[1] // tile.width)
         return {
             "grid": (tiles_x * self.heads, tiles_y, self.batch),
             "heads": self.heads,
             "height": self.height,
             "width": self.width,
-            "out_height": self.out_height,
-            "out_width": self.out_width,
+            "out_height": out_height,
+            "out_width": out_width,
             "step_y": 2.0 / max(self.height - 1, 1),
             "step_x": 2.0 / max(self.width - 1, 1),
             "to_log2": self.scale * math.log2(math.e),
             "HEAD_DIM": self.head_dim,
             "D": padded_head_dim(self.head_dim),
-            "REACH": self.reach,
-            "STRIDE": self.stride,
-            "DILATION": self.dilation,
+            "REACH": self.window.reach,
+            "STRIDE": self.window.stride,
+            "DILATION": self.window.dilation,
             "TILE_H": tile.height,
             "TILE_W": tile.width,
             "ROWS": tile.rows,
@@ -110,14 +107,6 @@ def _needs_64_bits(maps: Tensor) -> bool:
     return (
         sum((size + 64) * abs(stride) for size, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True)) >= 2**31
     )
-
-
-def empty_like_layout(maps: Tensor, height: int, width: int) -> Tensor:
-    """An uninitialised (B, C, height, width) map, channels_last where `maps` has its channels adjacent in memory."""
-    channels_last = maps.stride(1) == 1 and maps.shape[1] > 1
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    size = (maps.shape[0], maps.shape[1], height, width)
-    return torch.empty(size, dtype=maps.dtype, device=maps.device, memory_format=layout)
 
 
 def device_guard(maps: Tensor) -> AbstractContextManager[Any]:

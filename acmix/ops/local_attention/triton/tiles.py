@@ -15,7 +15,7 @@ MIN_DOT = 16  # the smallest side of a product the tensor cores take
 
 
 @dataclass(frozen=True)
-class Window:
+class Surroundings:
     """A tile's surroundings on one problem: how far the rectangle it streams extends, along either axis."""
 
     height: int
@@ -53,10 +53,10 @@ def padded_head_dim(head_dim: int) -> int:
     return max(MIN_DOT, power_of_two(head_dim))
 
 
-def logits(window: Window, tile: Tile) -> int:
+def logits(surroundings: Surroundings, tile: Tile) -> int:
     """Logits that all programs of one head and image compute, useful or not: what the exponentials cost."""
-    programs = -(-window.height // tile.height) * -(-window.width // tile.width)
-    steps = -(-min(window.extent(tile.height), window.streamed_height) // tile.rows)
+    programs = -(-surroundings.height // tile.height) * -(-surroundings.width // tile.width)
+    steps = -(-min(surroundings.extent(tile.height), surroundings.streamed_height) // tile.rows)
     return programs * steps * tile.height * tile.width * tile.rows * tile.columns
 
 
@@ -72,9 +72,9 @@ class Budget:
     stages: int
 
 
-def shape_tile(window: Window, height: int, width: int, budget: Budget) -> Tile:
+def shape_tile(surroundings: Surroundings, height: int, width: int, budget: Budget) -> Tile:
     """The tile of `height` x `width` pixels on this problem that streams about `budget.slots` pixels a step."""
-    columns = power_of_two(min(window.extent(width), window.streamed_width))
+    columns = power_of_two(min(surroundings.extent(width), surroundings.streamed_width))
     rows = max(budget.slots, MIN_DOT, columns) // columns
     return Tile(height, width, rows, columns, budget.warps, budget.stages)
 
@@ -99,28 +99,28 @@ def _budget(kernel: str, head_dim: int, dtype: torch.dtype, tf32: bool, scattere
 
 
 def choose_tile(
-    kernel: str, window: Window, head_dim: int, dtype: torch.dtype, tf32: bool, scattered: bool = False
+    kernel: str, surroundings: Surroundings, head_dim: int, dtype: torch.dtype, tf32: bool, scattered: bool = False
 ) -> Tile:
     """The tile with the fewest logits for `kernel` (forward, dq or dkv); among equals, the squarest.
 
     `scattered`: the channels of a pixel are not adjacent in memory (a contiguous map rather than a channels_last one).
     """
     if _override:
-        return _override[-1](kernel, window)
+        return _override[-1](kernel, surroundings)
     budget = _budget(kernel, head_dim, dtype, tf32, scattered)
     shapes = [(budget.pixels // width, width) for width in (2, 4, 8, 16, 32) if width <= budget.pixels]
-    tiles = [shape_tile(window, *shape, budget) for shape in shapes]
+    tiles = [shape_tile(surroundings, *shape, budget) for shape in shapes]
     most = max(budget.slots, min(tile.rows * tile.columns for tile in tiles))
     fitting = [tile for tile in tiles if tile.rows * tile.columns <= most]
-    return min(fitting, key=lambda tile: (logits(window, tile), abs(tile.width - tile.height)))
+    return min(fitting, key=lambda tile: (logits(surroundings, tile), abs(tile.width - tile.height)))
 
 
-_override: list[Callable[[str, Window], Tile]] = []
+_override: list[Callable[[str, Surroundings], Tile]] = []
 
 
 @contextmanager
-def forced_tile(make: Callable[[str, Window], Tile]) -> Iterator[None]:
-    """Use `make(kernel, window)` for every launch inside the context: how the tuning sweep tries its candidates."""
+def forced_tile(make: Callable[[str, Surroundings], Tile]) -> Iterator[None]:
+    """Use `make(kernel, surroundings)` for every launch inside the context, as the tuning sweep does."""
     _override.append(make)
     try:
         yield
