@@ -1,12 +1,14 @@
-"""What tests of the operations share: problems, inputs in every layout, and the error budget.
+"""Parity checks: problems for the operations and the paths, inputs in every layout, and the one error budget.
 
 The budget is derived, not tuned: against the exact result (the reference in float64), an implementation may err at most
 twice as much as plain PyTorch (the reference in the same dtype), plus what the order of its own sums may cost: a
 rounding of the result and one of what is folded beforehand (weights, positions); for the gradient of a weight, a sum
-over the n positions of all heads, the roundings of n partial sums of random terms, sqrt(n / 8) units. For float64
-itself, plain PyTorch's error is that in float32, scaled by the units of rounding.
+over at most the n values of a map, also the roundings of n partial sums of random terms, sqrt(n / 8) units of the
+dtype that sums are kept in, float32 or better. For float64 itself, plain PyTorch's error is that in float32, scaled by
+the units of rounding.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
+from acmix.layers.path import Path
 from acmix.ops import local_attention, shift_conv
 
 LAYOUTS = ("contiguous", "channels_last", "sliced")
@@ -100,6 +104,51 @@ class ShiftConvCase:
         return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
+@dataclass(frozen=True, eq=False)
+class PathCase:
+    """One problem for a path: maps of one size."""
+
+    path: Path
+    height: int
+    width: int
+    batch: int = 2
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        return f"{self.path} on {self.height}×{self.width} {self.layout} maps, {self.dtype}"
+
+    def inputs(self) -> list[Tensor]:
+        """q, k, v, the path's parameters and the gradient of the output.
+
+        The parameters are moved by random numbers, so that one that starts at zero has an effect.
+        """
+        channels = self.path.heads * self.path.head_dim
+        maps = draw_maps(self.batch, channels, self.height, self.width, self.dtype, self.layout)
+        weights = [
+            (p.detach().cpu() + 0.1 * _draw(1 + i, *p.shape)).to(self.dtype)
+            for i, p in enumerate(self.path.parameters())
+        ]
+        with torch.no_grad():
+            out = self._call([*maps, *weights], "reference")
+        return [*maps, *weights, _draw(0, *out.shape).to(self.dtype)]
+
+    def run(self, inputs: Sequence[Tensor], impl: str) -> list[Tensor]:
+        """Output and the gradients of q, k, v and every parameter."""
+        *tensors, grad_out = inputs
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = self._call(leaves, impl)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+    def _call(self, tensors: Sequence[Tensor], impl: str) -> Tensor:
+        q, k, v, *weights = tensors
+        path = copy.deepcopy(self.path).to("cpu", q.dtype).eval()
+        path.impl = impl
+        names = (name for name, _ in path.named_parameters())
+        out: Tensor = functional_call(path, dict(zip(names, weights, strict=True)), (q, k, v))
+        return out
+
+
 def _draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -136,7 +185,19 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     return ((result.double() - exact).norm() / exact.norm()).item()
 
 
-def assert_parity(case: AttentionCase | ShiftConvCase, impl: str) -> None:
+def error_budget(plain: float, dtype: torch.dtype, terms: int = 0) -> float:
+    """The relative error that an implementation may have; derived at the top of this file.
+
+    Args:
+        plain: Relative error of plain PyTorch in the same dtype.
+        dtype: Of the maps.
+        terms: How many values are summed, where the order of the sum counts: for a weight's gradient, those of a map.
+    """
+    sums = torch.finfo(torch.promote_types(dtype, torch.float32))
+    return 2 * plain + 2 * torch.finfo(dtype).eps + math.sqrt(terms / 8) * sums.eps
+
+
+def assert_parity(case: AttentionCase | ShiftConvCase | PathCase, impl: str) -> None:
     """Hold an implementation to the error budget, output and every gradient, on NaN-filled fresh memory."""
     inputs = case.inputs()
     exact = case.run([t.double() for t in inputs], "reference")
@@ -144,19 +205,38 @@ def assert_parity(case: AttentionCase | ShiftConvCase, impl: str) -> None:
     plain_inputs = [t.to(plain_dtype) for t in inputs]
     plain = case.run(plain_inputs, "reference")
     plain_exact = case.run([t.double() for t in plain_inputs], "reference")
-    rounding = torch.finfo(case.dtype).eps
-    scale = rounding / torch.finfo(plain_dtype).eps
+    scale = torch.finfo(case.dtype).eps / torch.finfo(plain_dtype).eps
     with fresh_memory_is_nan():
         results = case.run(inputs, impl)
-    positions = case.batch * case.heads * case.height * case.width
     for i, (result, target, naive, naive_target) in enumerate(zip(results, exact, plain, plain_exact, strict=True)):
         if result.dtype != case.dtype:
             raise AssertionError(f"result {i} of {case} by {impl} has dtype {result.dtype}")
-        is_map = result.shape[0] == case.batch and result.dim() == 4
-        units = 2 if is_map else max(2, math.sqrt(positions / 8))
-        error, allowed = (
-            relative_error(result, target),
-            2 * scale * relative_error(naive, naive_target) + units * rounding,
-        )
+        terms = 0 if i < 4 else inputs[0].numel()  # the output and the gradients of q, k and v come first
+        error = relative_error(result, target)
+        allowed = error_budget(scale * relative_error(naive, naive_target), case.dtype, terms)
         if not error <= allowed:  # a NaN fails
             raise AssertionError(f"result {i} of {case} by {impl}: relative error {error:.2e}, allowed {allowed:.2e}")
+
+
+def assert_path_parity(path: type[Path] | Path, *sizes: tuple[int, int], dtype: torch.dtype = torch.float32) -> None:
+    """Hold a path to its own `reference`: the output and every gradient within the error budget, in every layout.
+
+    Args:
+        path: A class, built for each of its `parity_cases`; or a path as it stands, on maps of the given sizes.
+        sizes: (H, W) of the maps, for a path that is built already.
+        dtype: Of maps and parameters; the reference runs in float64 too.
+
+    Raises:
+        AssertionError: naming the result that is off (0: the output; then the gradients of q, k, v and the parameters).
+        NotImplementedError: if the path lacks `reference` or `parity_cases`.
+        ValueError: if there is nothing to check.
+    """
+    if isinstance(path, Path):
+        problems = [(path, size) for size in sizes]
+    else:
+        problems = [(path(**arguments), size) for arguments, size in path.parity_cases()]
+    if not problems:
+        raise ValueError("nothing to check: give a path that is built already the map sizes, such as (14, 14)")
+    for built, (height, width) in problems:
+        for layout in LAYOUTS:
+            assert_parity(PathCase(built, height, width, dtype=dtype, layout=layout), built.impl)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acmix.layers.attention import LocalAttention
-from acmix.layers.convolution import ShiftConv
+from acmix.layers.path import Path
+from acmix.testing import error_budget, relative_error
 from benchmarks.cases import DTYPES, Case
 
-PATHS = (LocalAttention, ShiftConv)
 Tensors = dict[str, Tensor]
-_WHOLE = 10.0
+_SUMMED = 2048  # values that one value of a map sums, over a window and the channels of a head
+_WHOLE = 10  # times the budget of one path
 
 
 class ParityError(Exception):
@@ -25,12 +25,11 @@ class ParityError(Exception):
 def check_parity(case: Case) -> None:
     """Hold a case against its reference implementation in float64; raises ParityError.
 
-    Every path that has implementations, at every shape it meets in the case, must give the output and each gradient
-    with at most twice the relative error of the reference run in the case's own dtype, plus a unit of rounding. The
-    module as a whole must give the reference's output (if it is compiled or a part of a network: its gradients too)
-    with at most ten times that error, because a network amplifies the rounding of every order of sums differently,
-    while a mistake is of order one. A case in half precision is also checked in float32, where a slip at a border
-    cannot hide in the noise.
+    Every path, at every shape it meets in the case, must give the output and each gradient within the error budget of
+    `acmix.testing`. The module as a whole must give the reference's output (if it is compiled or a part of a network:
+    its gradients too) within ten times that budget, because a network amplifies the rounding of every order of sums
+    differently, while a mistake is of order one. A case in half precision is also checked in float32, where a slip at a
+    border cannot hide in the noise.
     """
     for dtype in dict.fromkeys(["float32", case.setting.dtype]):
         for path in _paths(case, dtype):
@@ -44,12 +43,12 @@ def _paths(case: Case, dtype: str) -> Iterator[Case]:
     setting = replace(case.setting, dtype=dtype, compile=False)
 
     def catch(path: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(path, PATHS)
+        assert isinstance(path, Path)
         maps = tuple(t.detach() for t in inputs[:3])
         key = (repr(path), path.impl, maps[0].shape, maps[0].stride())
         found.setdefault(key, Case(case.label, path.impl, path, maps, classifies=False, setting=setting))
 
-    hooks = [m.register_forward_pre_hook(catch) for m in case.module.modules() if isinstance(m, PATHS)]
+    hooks = [m.register_forward_pre_hook(catch) for m in case.module.modules() if isinstance(m, Path)]
     try:
         _run(replace(case, setting=setting), _inputs(case, dtype, 2), gradients=False)
     finally:
@@ -63,10 +62,9 @@ def _check_path(mine: Case, dtype: str) -> None:
     expected = _run(exact, tuple(t.double() for t in mine.inputs), gradients=True)
     errors = _errors(_run(mine, mine.inputs, gradients=True), expected)
     baseline = _errors(_run(plain, mine.inputs, gradients=True), expected)
-    # A weight's gradient is a float32 sum over the whole map: its roundings are a random walk of so many steps.
-    walk = torch.finfo(torch.float32).eps * math.sqrt(expected["output"].numel())
+    maps = ("output", *(f"gradient of input {i}" for i in range(3)))
     for key, error in errors.items():
-        allowed = 2 * baseline[key] + _unit(dtype) + (walk if "weight" in key or "bias" in key else 0)
+        allowed = error_budget(baseline[key], DTYPES[dtype], _SUMMED if key in maps else mine.inputs[0].numel())
         _require(error <= allowed, mine, dtype, f"{key} of {type(mine.module).__name__}", error, allowed)
 
 
@@ -80,13 +78,8 @@ def _check_whole(case: Case, dtype: str) -> None:
     errors = _errors(_joined(_run(mine, inputs, **how)), expected)
     baseline = _errors(_joined(_run(plain, inputs, **how)), expected)
     for key, error in errors.items():
-        allowed = _WHOLE * (baseline[key] + _unit(dtype))
+        allowed = _WHOLE * error_budget(baseline[key], DTYPES[dtype], _SUMMED)
         _require(error <= allowed, mine, dtype, key, error, allowed)
-
-
-def _unit(dtype: str) -> float:
-    """A unit of rounding: of the dtype, or of a float32 sum of some 256 products, a window's or a kernel's."""
-    return max(torch.finfo(DTYPES[dtype]).eps, math.sqrt(256) * torch.finfo(torch.float32).eps)
 
 
 def _require(passed: bool, case: Case, dtype: str, what: str, error: float, allowed: float) -> None:
@@ -101,7 +94,7 @@ def _references(case: Case) -> tuple[Case, Case]:
     """The case with the reference implementation of every path: in float64, and as it is."""
     module = copy.deepcopy(case.module)
     for part in module.modules():
-        if isinstance(part, PATHS):
+        if isinstance(part, Path):
             part.impl = "reference"
     setting = replace(case.setting, compile=False)
     exact = replace(case, module=copy.deepcopy(module).double(), setting=replace(setting, dtype="float32"))
@@ -149,7 +142,4 @@ def _joined(tensors: Tensors) -> Tensors:
 
 def _errors(tensors: Tensors, expected: Tensors) -> dict[str, float]:
     """Relative error of each tensor in the Euclidean norm; NaN, which no bound admits, where one is missing."""
-    return {
-        key: float((tensors[key].double() - value).norm() / value.norm()) if key in tensors else math.nan
-        for key, value in expected.items()
-    }
+    return {key: relative_error(tensors[key], value) if key in tensors else math.nan for key, value in expected.items()}

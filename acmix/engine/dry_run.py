@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from acmix.config import Config
 from acmix.engine.learner import Learner
-from acmix.engine.optim import path_weight_names, peak_lr
+from acmix.engine.optim import peak_lr
+from acmix.layers.mix import path_weights
 from acmix.telemetry.flops import multiply_adds
 from acmix.telemetry.memory import SavedActivations, step_memory
 
@@ -30,7 +31,7 @@ def plan(config: Config, learner: Learner, data: "Data") -> list[str]:
     stop = f", stopped after {schedule.steps:,}" if schedule.steps else ""
     return [
         f"model      {config.model.name}: {learner.parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} G multiply-"
-        f"adds per image, {len(path_weight_names(learner.model))} path weights",
+        f"adds per image, {len(path_weights(learner.model))} path weights",
         f"data       {config.data.dataset}: {len(data.classes)} classes, {updates * loader.global_batch:,} training "
         f"images per epoch at {config.data.image_size} px",
         f"update     {loader.global_batch} images: {config.data.batch_size} per process × {learner.dist.world_size} "

@@ -20,8 +20,8 @@ from torch import nn
 from acmix.config import OptimizerConfig, ScheduleConfig
 from acmix.engine.kwargs import checked_kwargs
 from acmix.errors import UserError
+from acmix.layers.mix import path_weights
 
-PATH_WEIGHTS = ("alpha", "beta")
 _SCHEDULES = {"cosine": CosineLRScheduler, "tanh": TanhLRScheduler, "poly": PolyLRScheduler}
 _NAMES_IN_CLASS = {"noise": "noise_range_t", "decay_rate": "power"}
 """Arguments of timm's schedule factory that its classes call otherwise."""
@@ -30,15 +30,6 @@ _NAMES_IN_CLASS = {"noise": "noise_range_t", "decay_rate": "power"}
 def peak_lr(config: OptimizerConfig, global_batch: int) -> float:
     """The learning rate at the peak: `optimizer.lr`, scaled linearly to the global batch where `lr_batch` is set."""
     return config.lr if config.lr_batch is None else config.lr * global_batch / config.lr_batch
-
-
-def path_weight_names(model: nn.Module) -> set[str]:
-    """Names of the scalar parameters `alpha` and `beta` that weigh the paths of the ACmix blocks."""
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] in PATH_WEIGHTS and parameter.numel() == 1
-    }
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -51,13 +42,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         groups = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
     else:
         groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=spared)
-    names = path_weight_names(model)
-    path_weights = {id(parameter) for name, parameter in model.named_parameters() if name in names}
+    mine = {id(parameter) for parameter in path_weights(model).values()}
     rest: list[dict[str, Any]] = []
     paths: list[dict[str, Any]] = []
     for group in groups:
-        chosen = [parameter for parameter in group["params"] if id(parameter) in path_weights]
-        others = [parameter for parameter in group["params"] if id(parameter) not in path_weights]
+        chosen = [parameter for parameter in group["params"] if id(parameter) in mine]
+        others = [parameter for parameter in group["params"] if id(parameter) not in mine]
         if others:
             rest.append({**group, "params": others})
         if chosen:

@@ -3,6 +3,16 @@
 from acmix.layers.attention import AttentionPath, LocalAttention, WindowAttention
 from acmix.layers.block import ACmix
 from acmix.layers.convolution import ShiftConv
-from acmix.layers.mix import PathMix
+from acmix.layers.mix import PathMix, path_weights
+from acmix.layers.path import Path
 
-__all__ = ["ACmix", "AttentionPath", "LocalAttention", "PathMix", "ShiftConv", "WindowAttention"]
+__all__ = [
+    "ACmix",
+    "AttentionPath",
+    "LocalAttention",
+    "Path",
+    "PathMix",
+    "ShiftConv",
+    "WindowAttention",
+    "path_weights",
+]

@@ -1,67 +1,61 @@
 """The attention paths of an ACmix block: the sliding window of the ResNets and the shifted window of Swin.
 
-A path takes q, k and v maps (B, N * d, H, W) with channels (head, head_dim) and gives a map. SAN's patchwise and
-PVT's global attention belong here as further subclasses of AttentionPath.
+SAN's patchwise and PVT's global attention belong here as further subclasses of AttentionPath.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix.layers.path import ParityCase, Path, strided_numel
+from acmix.layers.plain import is_plain
 from acmix.ops import local_attention
 
 
-class AttentionPath(nn.Module):
-    """Base of the attention paths: a subclass writes `attend`, and `proj` if its output is projected.
+class AttentionPath(Path):
+    """Base of the attention paths: a subclass writes `attend`, and says what a `Path` says.
 
     Args:
         heads: N.
         head_dim: d.
-        project: Whether a linear layer follows the attention, as in transformers.
+        project: Whether a linear layer `proj` follows the attention, as in transformers.
+        impl: See `Path`.
     """
 
-    def __init__(self, heads: int, head_dim: int, *, project: bool = False) -> None:
-        super().__init__()
-        self.heads, self.head_dim = heads, head_dim
+    def __init__(self, heads: int, head_dim: int, *, project: bool = False, impl: str = "auto") -> None:
+        super().__init__(heads, head_dim, impl)
         self.proj = nn.Linear(heads * head_dim, heads * head_dim) if project else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention itself, before any projection: maps in, a map out."""
-        raise NotImplementedError
+        """The attention itself, before any projection: maps in, a map out. `reference` is its specification."""
+        raise self._missing("attend")
 
     def pad(self, x: Tensor) -> Tensor:
         """The block's input as this path needs it: a path that tiles the map pads it with zeros below and right."""
         return x
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, gain: Tensor | float = 1.0, onto: Tensor | None = None
-    ) -> Tensor:
-        """onto + gain · projected attention.
+    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, add_to: Tensor | None) -> Tensor:
+        return self.finish(self.attend(q, k, v), scale, add_to)
 
-        Args:
-            q, k, v: Maps (B, N * d, H, W).
-            gain: Scalar that multiplies the path.
-            onto: Map to add to, of the output's shape or smaller (padding is cut off); it may be overwritten.
-        """
-        attended = self.attend(q, k, v)
-        if onto is not None:
-            attended = attended[..., : onto.shape[-2], : onto.shape[-1]]
-        if self.proj is not None:
-            return self._project(attended, gain, onto)
-        if onto is None:
-            return attended if isinstance(gain, float) and gain == 1.0 else attended * gain
-        if isinstance(gain, float):
-            return torch.add(onto, attended, alpha=gain)
-        # the scalar takes the maps' dtype: autocast would widen the whole product to float32 for its sake
-        return torch.addcmul(onto, attended, gain.to(attended.dtype))
+    def finish(self, out: Tensor, scale: Tensor | float, add_to: Tensor | None) -> Tensor:
+        """add_to + scale · projection of `out`; padding that exceeds `add_to` is cut off first."""
+        if add_to is not None:
+            out = out[..., : add_to.shape[-2], : add_to.shape[-1]]
+        if self.proj is None:
+            return super().finish(out, scale, add_to)
+        if not is_plain(self.proj, nn.Linear):
+            return super().finish(self.proj(out.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), scale, add_to)
+        # scaling the matrix is cheaper than scaling a map
+        bias = None if self.proj.bias is None else scale * self.proj.bias
+        out = F.linear(out.permute(0, 2, 3, 1), scale * self.proj.weight, bias).permute(0, 3, 1, 2)
+        return out if add_to is None else out.add_(add_to)
 
-    def _project(self, attended: Tensor, gain: Tensor | float, onto: Tensor | None) -> Tensor:
-        assert self.proj is not None
-        out = F.linear(attended.permute(0, 2, 3, 1), gain * self.proj.weight, gain * self.proj.bias)
-        out = out.permute(0, 3, 1, 2)
-        return out if onto is None else out.add_(onto)
+    def projection_multiply_adds(self, shape: Sequence[int]) -> int:
+        """Multiply-adds of `proj` over maps of this shape; 0 without one. For `multiply_adds` of a path that has it."""
+        return 0 if self.proj is None else math.prod(shape) * self.heads * self.head_dim
 
 
 class LocalAttention(AttentionPath):
@@ -82,10 +76,10 @@ class LocalAttention(AttentionPath):
     def __init__(
         self, heads: int, head_dim: int, kernel_size: int = 7, stride: int = 1, dilation: int = 1, *, impl: str = "auto"
     ) -> None:
-        super().__init__(heads, head_dim)
+        super().__init__(heads, head_dim, impl=impl)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_att {kernel_size} has no centre pixel: choose an odd size, such as 7")
-        self.kernel_size, self.stride, self.dilation, self.impl = kernel_size, stride, dilation, impl
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         # No bias: it cancels in e_i - e_j, and an unused parameter would stop DistributedDataParallel.
         self.position_weight = nn.Parameter(torch.empty(head_dim, 2))
         self.reset_parameters()
@@ -95,9 +89,26 @@ class LocalAttention(AttentionPath):
         nn.init.uniform_(self.position_weight, -1 / math.sqrt(2), 1 / math.sqrt(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v, self.impl)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`acmix.ops.reference.local_attention`."""
+        return self._attend(q, k, v, "reference")
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
         return local_attention(
-            q, k, v, self.position_weight, self.kernel_size, self.stride, self.impl, dilation=self.dilation
+            q, k, v, self.position_weight, self.kernel_size, self.stride, impl, dilation=self.dilation
         )
+
+    def multiply_adds(self, shape: Sequence[int]) -> int:
+        """K² products of width d for the logits and as many for the values, for each head and query."""
+        return 2 * self.kernel_size**2 * strided_numel(shape, self.stride)
+
+    @classmethod
+    def parity_cases(cls) -> Iterator[ParityCase]:
+        yield {"heads": 3, "head_dim": 4}, (9, 7)
+        yield {"heads": 2, "head_dim": 8, "kernel_size": 3, "stride": 2}, (7, 6)
+        yield {"heads": 1, "head_dim": 5, "kernel_size": 5, "dilation": 2}, (8, 11)
 
     def extra_repr(self) -> str:
         return (
@@ -117,6 +128,10 @@ class WindowAttention(AttentionPath):
         window_size: (height, width) of a window.
         shift: (rows, columns) by which the map was rolled up and left; (0, 0) for plain windows.
         resolution: (H, W) to prepare the shift mask for; for another size it is made at the call.
+        impl: `auto` or `reference`.
+
+    Raises:
+        ValueError: for an unknown impl.
     """
 
     relative_position_index: Tensor
@@ -129,8 +144,12 @@ class WindowAttention(AttentionPath):
         window_size: tuple[int, int] = (7, 7),
         shift: tuple[int, int] = (0, 0),
         resolution: tuple[int, int] | None = None,
+        *,
+        impl: str = "auto",
     ) -> None:
-        super().__init__(heads, head_dim, project=True)
+        if impl not in ("auto", "reference"):
+            raise ValueError(f"unknown impl {impl!r}: window attention has auto and reference")
+        super().__init__(heads, head_dim, project=True, impl=impl)
         self.window_size, self.shift = window_size, shift
         rows, columns = window_size
         table = torch.empty((2 * rows - 1) * (2 * columns - 1), heads)
@@ -162,6 +181,28 @@ class WindowAttention(AttentionPath):
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self._from_windows(out, height, width)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q kᵀ / sqrt(d) + bias) v in every window, with the windows cut out by `unfold`."""
+        size = (q.shape[-2], q.shape[-1])
+        window, head = self.window_size, (self.heads, self.head_dim, -1)
+        # (B, N, d, area, windows)
+        q, k, v = (F.unfold(m, window, stride=window).unflatten(1, head) for m in (q, k, v))
+        logits = torch.einsum("bndiw,bndjw->bwnij", q * self.head_dim**-0.5, k)
+        attention = (logits + self.bias(*size)).softmax(-1).to(v.dtype)
+        out = torch.einsum("bwnij,bndjw->bndiw", attention, v)
+        return F.fold(out.flatten(1, 3), size, window, stride=window)
+
+    def multiply_adds(self, shape: Sequence[int]) -> int:
+        """Every pixel attends to its window, and is projected."""
+        area = self.window_size[0] * self.window_size[1]
+        return 2 * area * math.prod(shape) + self.projection_multiply_adds(shape)
+
+    @classmethod
+    def parity_cases(cls) -> Iterator[ParityCase]:
+        yield {"heads": 3, "head_dim": 4, "window_size": (4, 3)}, (8, 9)
+        yield {"heads": 2, "head_dim": 5, "window_size": (4, 4), "shift": (2, 1), "resolution": (8, 12)}, (8, 12)
+        yield {"heads": 1, "head_dim": 8, "window_size": (3, 5), "shift": (0, 2), "resolution": (6, 10)}, (9, 15)
 
     def bias(self, height: int, width: int) -> Tensor:
         """Relative position bias and shift mask in one: (windows of an H × W map or 1, N, area, area).

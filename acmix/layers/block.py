@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from acmix.layers.attention import AttentionPath, LocalAttention
 from acmix.layers.convolution import ShiftConv
 from acmix.layers.mix import PathMix
+from acmix.layers.path import Path
+from acmix.layers.plain import is_observed, is_plain
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 
 SMALL_MAP = 64  # pixels up to which, on a CPU, a matrix product is the faster projection; measured
@@ -77,24 +79,39 @@ class ACmix(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)), any memory format."""
+        """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)), any memory format.
+
+        Where the mix or a path has hooks, is wrapped or replaced, all three are called as modules, each with its own
+        map. Otherwise the paths are computed straight into their weighted sum: the same up to rounding.
+        """
         height, width = x.shape[-2:]
-        if self.attention is not None:
-            x = self.attention.pad(x)
+        pad = getattr(self.attention, "pad", None)  # a wrapper around the path may lack it
+        x = x if pad is None else pad(x)
         q, k, v = self._project(x).chunk(3, 1)
+        inner = tuple(m[..., :height, :width] for m in (q, k, v))  # without the attention's padding
+        if not self._can_fuse():
+            attention = None if self.attention is None else self._crop(self.attention(q, k, v), height, width)
+            convolution = None if self.convolution is None else self.convolution(*inner)
+            return self.mix(attention, convolution)
         alpha, beta = self.mix.weights()
         if self.convolution is None:
             assert self.attention is not None
-            out = self.attention(q, k, v, gain=alpha)
-            return out[..., : -(-height // self.stride), : -(-width // self.stride)]
+            return self._crop(self.attention(q, k, v, scale=alpha), height, width)
         # The weights go into the small matrices at the end of each path, and the second path adds to the first: the
         # maps are never read again just to be scaled and summed.
-        maps = (m[..., :height, :width] for m in (q, k, v))
-        convolved = self.convolution(*maps, gain=beta)
-        return convolved if self.attention is None else self.attention(q, k, v, gain=alpha, onto=convolved)
+        convolved = self.convolution(*inner, scale=beta)
+        return convolved if self.attention is None else self.attention(q, k, v, scale=alpha, add_to=convolved)
+
+    def _can_fuse(self) -> bool:
+        paths = (path for path in (self.attention, self.convolution) if path is not None)
+        return is_plain(self.mix, PathMix) and all(isinstance(p, Path) and not is_observed(p) for p in paths)
+
+    def _crop(self, out: Tensor, height: int, width: int) -> Tensor:
+        """The part of a path's output that belongs to an input of this size, which may have been padded."""
+        return out[..., : -(-height // self.stride), : -(-width // self.stride)]
 
     def _project(self, x: Tensor) -> Tensor:
-        if x.is_contiguous(memory_format=torch.channels_last):
+        if x.is_contiguous(memory_format=torch.channels_last) or not is_plain(self.qkv, nn.Linear):
             return self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if x.device.type == "cpu" and x.shape[-2] * x.shape[-1] <= SMALL_MAP:
             # a convolution over so few pixels spends its time on reordering the weights

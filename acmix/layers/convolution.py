@@ -1,17 +1,19 @@
 """ShiftConv: the convolution path, a mix of the 3N maps followed by shift and sum."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix.layers.path import ParityCase, Path, strided_numel
 from acmix.ops import shift_conv
 
 KINDS = ("shift", "fixed", "random", "learned", "full")
 
 
-class ShiftConv(nn.Module):
+class ShiftConv(Path):
     """The convolution path of ACmix (paper sections 3.2 and 4, figure 4).
 
     q, k and v are 3N maps of width d. A fully connected layer over the map index makes k² maps of them; each is
@@ -29,7 +31,8 @@ class ShiftConv(nn.Module):
             `learned`: the same convolution, trained from the one-hot shifts (the paper's choice);
             `full`: no fully connected layer; one trained grouped convolution straight from the 3N maps to the N.
         bias: Whether the fully connected layer has a bias (it has in Swin, not in ResNet; `full` has none).
-        impl: Implementation of `acmix.ops.shift_conv`.
+        impl: Implementation of `acmix.ops.shift_conv`. The kinds `shift` and `full`, which do not use it, have two:
+            `reference`, and the one that runs for every other name.
 
     Raises:
         ValueError: for an unknown kind or an even kernel size.
@@ -47,14 +50,12 @@ class ShiftConv(nn.Module):
         bias: bool = False,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(heads, head_dim, impl)
         if kind not in KINDS:
             raise ValueError(f"unknown shift {kind!r}: choose one of {', '.join(KINDS)}")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_conv {kernel_size} has no centre: choose an odd size, such as 3")
-        self.heads, self.head_dim, self.kernel_size = heads, head_dim, kernel_size
-        self.stride, self.dilation = stride, dilation
-        self.kind, self.impl = kind, impl
+        self.kernel_size, self.stride, self.dilation, self.kind = kernel_size, stride, dilation, kind
         taps, channels = kernel_size**2, heads * head_dim
         if kind == "full":
             self.weight = nn.Parameter(torch.empty(channels, 3 * heads, kernel_size, kernel_size))
@@ -82,32 +83,59 @@ class ShiftConv(nn.Module):
             with torch.no_grad():
                 self.shift_weight.copy_(one_hot_shifts(len(self.shift_weight), self.kernel_size))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        """gain · convolution path.
+    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, add_to: Tensor | None) -> Tensor:
+        """The path is linear, so the scale goes into its smallest matrix.
 
-        Args:
-            q, k, v: Maps (B, N * d, H, W), channels (head, head_dim).
-            gain: Scalar that multiplies the result; applied to the small fully connected layer, the path being linear.
-
-        Returns:
-            (B, N * d, ceil(H / stride), ceil(W / stride)), channels (head_dim, head).
+        The result has the shape (B, N * d, ceil(H / stride), ceil(W / stride)) and channels (head_dim, head).
         """
         if self.kind == "full":
-            return self._convolve(q, k, v, gain * self.weight)
-        fc_weight = gain * self.fc_weight
-        fc_bias = None if self.fc_bias is None else gain * self.fc_bias
+            out = self._convolve(q, k, v, scale * self.weight)
+        else:
+            fc_weight = scale * self.fc_weight
+            fc_bias = None if self.fc_bias is None else scale * self.fc_bias
+            if self.kind == "shift":
+                out = self._shift(q, k, v, fc_weight, fc_bias)
+            else:
+                out = self._shift_conv(q, k, v, fc_weight, self.shift_weight, fc_bias, self.impl)
+        return self.finish(out, 1.0, add_to)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`acmix.ops.reference.shift_conv`, with one-hot kernels for tensor shifts; `full`: the convolution itself."""
+        if self.kind == "full":
+            return self._convolve(q, k, v, self.weight)
         if self.kind == "shift":
-            return self._shift(q, k, v, fc_weight, fc_bias)
+            shift_weight = one_hot_shifts(self.heads * self.head_dim, self.kernel_size).to(self.fc_weight)
+        else:
+            shift_weight = self.shift_weight
+        return self._shift_conv(q, k, v, self.fc_weight, shift_weight, self.fc_bias, "reference")
+
+    def multiply_adds(self, shape: Sequence[int]) -> int:
+        """The fully connected layer, 3N maps to k², and a grouped convolution with k² kernels of k × k an output."""
+        taps, outputs = self.kernel_size**2, strided_numel(shape, self.stride)
+        if self.kind == "full":
+            return 3 * self.heads * taps * outputs
+        mixing = 3 * taps * math.prod(shape)  # k² · 3N for each of the d · H · W values of a map
+        return mixing + (0 if self.kind == "shift" else taps * taps * outputs)
+
+    @classmethod
+    def parity_cases(cls) -> Iterator[ParityCase]:
+        for kind in KINDS:
+            yield {"heads": 3, "head_dim": 4, "kind": kind, "bias": kind != "full"}, (7, 5)
+            yield {"heads": 2, "head_dim": 5, "kind": kind, "stride": 2, "dilation": 2}, (9, 8)
+
+    def _shift_conv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        fc_weight: Tensor,
+        shift_weight: Tensor,
+        fc_bias: Tensor | None,
+        impl: str,
+    ) -> Tensor:
+        stride, dilation = self.stride, self.dilation
         return shift_conv(
-            q,
-            k,
-            v,
-            fc_weight,
-            self.shift_weight,
-            fc_bias=fc_bias,
-            stride=self.stride,
-            dilation=self.dilation,
-            impl=self.impl,
+            q, k, v, fc_weight, shift_weight, fc_bias=fc_bias, stride=stride, dilation=dilation, impl=impl
         )
 
     def _convolve(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:

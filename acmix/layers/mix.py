@@ -55,14 +55,25 @@ class PathMix(nn.Module):
         for weight in self.parameters():
             nn.init.constant_(weight, 0.5)
 
-    def forward(self, attention: Tensor, convolution: Tensor) -> Tensor:
-        """Mix two maps of one shape.
+    def forward(self, attention: Tensor | None, convolution: Tensor | None) -> Tensor:
+        """Mix two maps of one shape; None stands for a path that is not there.
 
-        The block does not call this: it folds each weight into the last small matrix of its path, which gives the same
-        map without another pass over memory. This is what it must equal.
+        A block calls this where somebody looks (see `ACmix.forward`). Otherwise it folds each weight into the last
+        small matrix of its path, which gives the same map without another pass over memory.
         """
         alpha, beta = self.weights()
-        return alpha * attention + beta * convolution
+        weighed = [weight * path for weight, path in ((alpha, attention), (beta, convolution)) if path is not None]
+        return weighed[0] if len(weighed) == 1 else weighed[0] + weighed[1]
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}, stage={self.stage}"
+
+
+def path_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The learned path weights of every block, alpha and beta, by their names in `model.named_parameters()`."""
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, mix in model.named_modules()
+        if isinstance(mix, PathMix)
+        for name, parameter in mix.named_parameters()
+    }

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from acmix.layers import ACmix, LocalAttention
+from acmix.layers import ACmix, LocalAttention, path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.official import OfficialNames, register_official
 
@@ -185,7 +185,7 @@ class ACmixResNet(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the path weights."""
-        return {name for name, _ in self.named_parameters() if name.endswith((".mix.alpha", ".mix.beta"))}
+        return set(path_weights(self))
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:

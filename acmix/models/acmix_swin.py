@@ -16,7 +16,7 @@ from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from acmix.layers import ACmix, WindowAttention
+from acmix.layers import ACmix, WindowAttention, path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.official import OfficialNames, register_official
 
@@ -247,8 +247,8 @@ class ACmixSwin(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the path weights and the relative position biases."""
-        exempt = (".mix.alpha", ".mix.beta", "relative_position_bias_table")
-        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
+        biases = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return biases | set(path_weights(self))
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

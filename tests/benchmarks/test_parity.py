@@ -5,9 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from acmix import models  # noqa: F401 - registers the models with timm
+from acmix import (
+    ACmix,
+    models,  # noqa: F401 - registers the models with timm
+)
+from acmix.layers import WindowAttention
 from acmix.ops.local_attention import dense, tiled
-from benchmarks.cases import Setting, build_case
+from benchmarks.cases import Case, Setting, build_case
 from benchmarks.parity import ParityError, check_parity
 
 
@@ -42,6 +46,21 @@ def test_a_slip_in_one_value_is_refused(
     monkeypatch.setattr(module, pass_, broken)
     with pytest.raises(ParityError, match="it is not timed"):
         check_parity(build_case("attention:32x9", Setting(batch_size=2), impl))
+
+
+def test_a_path_of_a_users_own_is_checked() -> None:
+    class Slip(WindowAttention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return super().attend(q, k, v) * 1.001
+
+    def case(path: type[WindowAttention]) -> Case:
+        torch.manual_seed(0)
+        block = ACmix(8, 8, 2, attention=path(2, 4, (3, 3)))
+        return Case("mine", "auto", block, (torch.randn(2, 8, 6, 6),), classifies=False, setting=Setting())
+
+    check_parity(case(WindowAttention))
+    with pytest.raises(ParityError, match="output of Slip"):
+        check_parity(case(Slip))
 
 
 def test_nan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from torch import nn
 
 from acmix import models
 from acmix.config import OptimizerConfig, ScheduleConfig
-from acmix.engine.optim import build_optimizer, build_scheduler, parameter_groups, path_weight_names, peak_lr
+from acmix.engine.optim import build_optimizer, build_scheduler, parameter_groups, peak_lr
 from acmix.errors import UserError
+from acmix.layers import path_weights
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,13 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(network: nn.Mod
     assert len(listed) == len(set(listed)) == len(list(network.parameters()))
     for name, group in group_of(network, config).items():
         parameter = network.get_parameter(name)
-        if parameter.ndim <= 1 or name.endswith(".bias") or name in path_weight_names(network):
+        if parameter.ndim <= 1 or name.endswith(".bias") or name in path_weights(network):
             assert group["weight_decay"] == 0.0, name
 
 
 def test_path_weights_never_decay_and_have_their_own_rate(network: nn.Module) -> None:
     config = OptimizerConfig(lr=0.1, weight_decay=0.5, path_lr_factor=0.25)
-    names = path_weight_names(network)
+    names = path_weights(network)
     assert len(names) == 16
     optimizer = build_optimizer(network, config, global_batch=8)
     build_scheduler(optimizer, ScheduleConfig(epochs=2), updates_per_epoch=5).step_update(0)

@@ -74,14 +74,14 @@ def test_the_bias_follows_the_table_when_weights_change_between_evaluations():
 
 
 @pytest.mark.parametrize("build", [lambda: LocalAttention(N, D, 3), lambda: WindowAttention(N, D, (4, 4))])
-def test_gain_and_onto_are_the_weighted_sum(build):
+def test_scale_and_add_to_are_the_weighted_sum(build):
     torch.manual_seed(0)
     path = build().double()
-    q, k, v, onto = torch.randn(4, 2, N * D, 8, 8, dtype=torch.float64)
-    gain = torch.tensor(0.3, dtype=torch.float64)
-    want = onto + 0.3 * path(q, k, v)
-    for scalar in (gain, 0.3):
-        torch.testing.assert_close(path(q, k, v, gain=scalar, onto=onto.clone()), want)
+    q, k, v, add_to = torch.randn(4, 2, N * D, 8, 8, dtype=torch.float64)
+    scale = torch.tensor(0.3, dtype=torch.float64)
+    want = add_to + 0.3 * path(q, k, v)
+    for scalar in (scale, 0.3):
+        torch.testing.assert_close(path(q, k, v, scale=scalar, add_to=add_to.clone()), want)
 
 
 def test_local_attention_has_no_bias_that_would_go_without_a_gradient():

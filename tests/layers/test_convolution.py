@@ -1,4 +1,4 @@
-"""The convolution path: kinds of shift, initialisation, gain."""
+"""The convolution path: kinds of shift, initialisation, scale."""
 
 import pytest
 import torch
@@ -64,9 +64,9 @@ def test_a_kind_holds_in_its_state_dict_what_it_trains(kind, names):
 
 
 @pytest.mark.parametrize("kind", ["shift", "learned", "full"])
-def test_the_gain_multiplies_the_path(kind):
+def test_the_scale_multiplies_the_path(kind):
     conv = module(kind=kind, bias=True)
-    torch.testing.assert_close(conv(*maps(), gain=torch.tensor(0.3).double()), 0.3 * conv(*maps()))
+    torch.testing.assert_close(conv(*maps(), scale=torch.tensor(0.3).double()), 0.3 * conv(*maps()))
 
 
 def test_random_kernels_are_not_the_shifts():
