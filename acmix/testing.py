@@ -3,7 +3,7 @@
 The budget is derived, not tuned: against the exact result (the reference in float64), an implementation may err at most
 twice as much as plain PyTorch (the reference in the same dtype), plus what the order of its own sums may cost: a
 rounding of the result and one of what is folded beforehand (weights, positions); for the gradient of a weight, a sum
-over at most the n values of a map, also the roundings of n partial sums of random terms, sqrt(n / 8) units of the
+over the n positions of all heads, also the roundings of n partial sums of random terms, sqrt(n / 8) units of the
 dtype that sums are kept in, float32 or better. For float64 itself, plain PyTorch's error is that in float32, scaled by
 the units of rounding.
 """
@@ -115,6 +115,10 @@ class PathCase:
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
 
+    @property
+    def heads(self) -> int:
+        return self.path.heads
+
     def __str__(self) -> str:
         return f"{self.path} on {self.height}×{self.width} {self.layout} maps, {self.dtype}"
 
@@ -191,7 +195,8 @@ def error_budget(plain: float, dtype: torch.dtype, terms: int = 0) -> float:
     Args:
         plain: Relative error of plain PyTorch in the same dtype.
         dtype: Of the maps.
-        terms: How many values are summed, where the order of the sum counts: for a weight's gradient, those of a map.
+        terms: How many values are summed, where the order of the sum counts: for a weight's gradient, the positions of
+            all heads.
     """
     sums = torch.finfo(torch.promote_types(dtype, torch.float32))
     return 2 * plain + 2 * torch.finfo(dtype).eps + math.sqrt(terms / 8) * sums.eps
@@ -208,10 +213,11 @@ def assert_parity(case: AttentionCase | ShiftConvCase | PathCase, impl: str) -> 
     scale = torch.finfo(case.dtype).eps / torch.finfo(plain_dtype).eps
     with fresh_memory_is_nan():
         results = case.run(inputs, impl)
+    positions = case.batch * case.heads * case.height * case.width
     for i, (result, target, naive, naive_target) in enumerate(zip(results, exact, plain, plain_exact, strict=True)):
         if result.dtype != case.dtype:
             raise AssertionError(f"result {i} of {case} by {impl} has dtype {result.dtype}")
-        terms = 0 if i < 4 else inputs[0].numel()  # the output and the gradients of q, k and v come first
+        terms = 0 if i < 4 else positions  # the output and the gradients of q, k and v come first
         error = relative_error(result, target)
         allowed = error_budget(scale * relative_error(naive, naive_target), case.dtype, terms)
         if not error <= allowed:  # a NaN fails
