@@ -10,6 +10,7 @@ from PIL import Image
 
 from acmix.config import DataConfig, find_dataset
 from acmix.data.download import download_lock
+from acmix.data.folders import from_where
 from acmix.data.images import BadImage, decode_image, read_image_file
 from acmix.errors import UserError
 
@@ -59,7 +60,7 @@ def open_timm(data: DataConfig, split: str) -> TimmSource:
     kwargs: dict[str, Any] = {"download": True} if data.download else {}
     root = None if data.root is None else str(Path(data.root).expanduser())
     if root is not None and find_dataset(data.dataset).needs_root and not os.path.exists(root):
-        raise UserError(f"{root}: no such folder; set data.root")
+        raise UserError(f"{root}: no such folder; set data.root{from_where(Path(root))}")
     try:
         with download_lock(Path(root)) if root and data.download else nullcontext():
             dataset = create_dataset(data.dataset, root=root, split=split, **kwargs)

@@ -75,8 +75,8 @@ def test_shards_pair_images_with_their_class(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-000.tar", {"a.cls": b"10\n", "a.png": png(1), "b.png": png(2), "b.cls": b"2"})
     write_tar(tmp_path / "train-001.tar", {"x/a.png": png(3), "x/a.json": b'{"label": 10}', "x/a.txt": b"caption"})
     source = shard_source(tmp_path, "train")
-    assert source.classes == ["2", "10"], "numbers sort as numbers"
-    assert values(source) == [(1, 1), (2, 0), (3, 1)]
+    assert source.classes == ["10", "2"], "as text, like folders"
+    assert values(source) == [(1, 0), (2, 1), (3, 0)]
 
 
 def test_shards_without_a_class_are_refused_naming_the_sample(tmp_path: Path) -> None:
