@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from acmix.data.classes import likely_meant, loose_name, places_in
-from acmix.data.folders import FolderId, folder_id, folders_above, is_folder, is_image_name, is_lost_folder
+from acmix.data.folders import FolderId, folder_id, folders_above, is_folder, is_image_name, is_lost_folder, is_text
 from acmix.data.images import BadImage, decode_image, is_sixteen_bit, open_image, read_image_file
 from acmix.errors import UserError
 
@@ -32,8 +32,8 @@ class Problem:
 
     Kinds of files: truncated, empty, not_image, bomb, corrupt, unreadable (fatal); misnamed, cmyk, 16bit,
     duplicate, stray, hidden_file, and not_image for a file that training ignores (harmless).
-    Kinds of folders: empty_class, hidden_folder, class_mismatch (of validation alone), no_classes, link_loop, dead_link
-    (fatal); not_validated (of training alone), similar_classes (harmless).
+    Kinds of folders: empty_class, hidden_folder, class_mismatch (of validation alone), no_classes, link_loop,
+    dead_link, bad_name (fatal); not_validated (of training alone), similar_classes (harmless).
     """
 
     path: str
@@ -129,6 +129,8 @@ def _survey(split: Path, problems: list[Problem]) -> tuple[list[str], set[str]]:
             problems.append(Problem(entry.path, "hidden_folder", True, "would be taken for a class; remove it"))
         else:
             classes.add(entry.name)
+            if not is_text(entry.name):
+                problems.append(Problem(entry.path, "bad_name", True, "the name of a class must be UTF-8; rename it"))
             before = len(problems)
             found = list(walk.images_below(Path(entry.path), above))
             images += found

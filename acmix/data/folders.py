@@ -90,13 +90,16 @@ def scan_split(split: Path) -> tuple[list[str], list[str], list[int]]:
 def class_folders(split: Path) -> list[str]:
     """Names of the class folders of a split, sorted as text.
 
-    Raises UserError naming missing or hidden folders, and links that lead nowhere.
+    Raises UserError naming missing or hidden folders, names that are not UTF-8, and links that lead nowhere.
     """
     entries = split_entries(split)
     names = [entry.name for entry in entries if is_folder(entry)]
     hidden = [str(split / name) for name in names if name.startswith(".")]
     if hidden:
         raise UserError(f"hidden folders among the classes: {some(hidden)}; remove them")
+    unreadable = [readable_name(str(split / name)) for name in names if not is_text(name)]
+    if unreadable:
+        raise UserError(f"names of class folders that are not UTF-8: {some(unreadable)}; rename them")
     lost = [describe_link(entry) for entry in entries if is_lost_folder(entry)]
     if lost:
         raise UserError(f"links among the classes that lead nowhere: {some(lost)}; mend or remove them")
@@ -183,6 +186,16 @@ def is_lost_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not hidden_or_file and not os.path.exists(entry.path)
 
 
+def is_text(name: str) -> bool:
+    """Whether the name of a file or folder is UTF-8, and so can be written to a file of class names."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def readable_name(path: str) -> str:
+    """A path for people, with the bytes that are not UTF-8 as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def describe_link(entry: os.DirEntry[str]) -> str:
     """Path and target of a link, for messages."""
     return f"{entry.path} -> {os.readlink(entry.path)}"
@@ -199,7 +212,8 @@ def missing_split(split: Path) -> str:
     if not parent.is_dir():
         return f"{parent}: no such folder; set data.root to the folder that holds the splits{from_where(parent)}"
     found = sorted(entry.name for entry in os.scandir(parent) if is_folder(entry) and not entry.name.startswith("."))
-    return f"{split}: no such folder; set data.train_split or data.val_split (folders there: {some(found) or 'none'})"
+    there = f"(folders there: {some(found) or 'none'}){from_where(split)}"
+    return f"{split}: no such folder; set data.train_split or data.val_split {there}"
 
 
 def no_images(folder: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from acmix.data.folders import TextTable, from_where, is_image_name, other_formats, some
+from acmix.data.folders import TextTable, from_where, is_image_name, is_text, other_formats, readable_name, some
 from acmix.data.images import MAX_FILE_BYTES, BadImage, decode_image
 from acmix.errors import UserError
 
@@ -159,6 +159,8 @@ def _folder_of(tar: Path, member: Member) -> str:
     name = PurePosixPath(member.name).parent.name
     if name.startswith("."):
         raise UserError(f"{tar}: member {member.name}: a hidden folder among the classes; leave it out of the tar")
+    if not is_text(name):
+        raise UserError(f"{tar}: member {readable_name(member.name)}: the folder's name is not UTF-8; rename it")
     return name
 
 

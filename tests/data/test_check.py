@@ -222,3 +222,13 @@ def test_a_class_that_is_not_validated_is_noted(
     report = check_folder(tmp_path)
     assert (found(report), report.fatal) == ({(str(tmp_path / "train" / "dog"), "not_validated")}, False)
     assert build_data(make_config(data__dataset="folder", data__root=tmp_path)).val.present == [0]
+
+
+def test_class_names_that_cannot_be_written_are_named_by_the_check_and_by_training(
+    tmp_path: Path, make_folder: MakeFolder, make_config: MakeConfig
+) -> None:
+    make_folder(tmp_path, classes=("cat", "d\udcffg"))
+    report = check_folder(tmp_path)
+    assert found(report) == {(str(tmp_path / split / "d\udcffg"), "bad_name") for split in ("train", "val")}
+    with pytest.raises(UserError, match=r"not UTF-8: .*/train/d\\xffg; rename"):
+        build_data(make_config(data__dataset="folder", data__root=tmp_path))

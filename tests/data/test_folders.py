@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from acmix.config import Config
+from acmix.data.datasets import build_source
 from acmix.data.folders import FolderSource, TextTable
 from acmix.data.images import BadImage
 from acmix.errors import UserError
@@ -75,13 +77,18 @@ def test_a_file_that_cannot_be_read_is_a_bad_image_and_keeps_its_place(tmp_path:
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "/", "../cat/deep"])
-def test_a_link_back_to_a_folder_on_the_way_is_named(target: str, tmp_path: Path, make_folder: MakeFolder) -> None:
+def test_a_link_back_to_a_folder_on_the_way_is_named(
+    target: str, tmp_path: Path, make_folder: MakeFolder, make_config: Callable[..., Config]
+) -> None:
     split = make_folder(tmp_path / "data") / "train"
     (split / "cat" / "deep").mkdir()
     link = split / "cat" / ("deep/again" if target.endswith("deep") else "up")
     link.symlink_to(target if link.name == "up" else "../../cat/deep")
-    with pytest.raises(UserError, match=rf"^{link}: a link back to a folder it lies in \(.*\); remove the link$"):
-        FolderSource(split)
+    expected = rf"^{link}: a link back to a folder it lies in \(.*\); remove the link$"
+    for name in ("folder", "torch/image_folder"):
+        data = make_config(data__dataset=name, data__root=tmp_path / "data").data
+        with pytest.raises(UserError, match=expected):
+            build_source(data, "train")
 
 
 def test_links_that_form_a_circle_or_a_class_are_named(tmp_path: Path, make_folder: MakeFolder) -> None:

@@ -154,6 +154,20 @@ def test_damaged_and_missing_tars_are_named(tmp_path: Path) -> None:
         tar_source(tmp_path, "train")
 
 
+def test_classes_of_a_tar_sort_as_text_and_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    files = {f"{number}/1.png": png(number) for number in (1, 2, 10, 100)}
+    write_tar(tmp_path / "train.tar", {**files, "1/._1.png": b"mac"})
+    source = tar_source(tmp_path, "train")
+    assert source.classes == ["1", "10", "100", "2"]
+    assert values(source) == [(1, 0), (10, 1), (100, 2), (2, 3)]
+    write_tar(tmp_path / "val.tar", {**files, "1/.ipynb_checkpoints/1.png": png(1)})
+    with pytest.raises(UserError, match=r"val.tar: member 1/.ipynb_checkpoints/1.png: a hidden folder"):
+        tar_source(tmp_path, "val")
+    write_tar(tmp_path / "val.tar", {"cat/1.npy": b"x"})
+    with pytest.raises(UserError, match=r"no images inside \(found .npy files; images are read from"):
+        tar_source(tmp_path, "val")
+
+
 def test_a_tar_that_shrinks_after_it_was_indexed_gives_a_bad_image(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "train.tar", {"cat/1.png": png(1)})
     source = tar_source(tmp_path, "train")
