@@ -56,6 +56,7 @@ def train(config: "Config", choice: "RunChoice", signals: StopSignals, *, dry_ru
     from acmix.data.transforms import build_mixup
     from acmix.engine.dry_run import plan
     from acmix.engine.learner import Learner
+    from acmix.engine.progress import classes_to_keep
     from acmix.engine.session import Session
     from acmix.engine.trainer import Trainer
     from acmix.process.distributed import Distributed
@@ -72,7 +73,8 @@ def train(config: "Config", choice: "RunChoice", signals: StopSignals, *, dry_ru
             signals.begin()
         set_up_torch(config.run, dist.device)
         snapshot = session.load()
-        data = dist.all_or_none(lambda: build_data(config, rank=dist.rank, world_size=dist.world_size))
+        classes = classes_to_keep(config, snapshot)
+        data = dist.all_or_none(lambda: build_data(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
         model = dist.all_or_none(build_model)
         mixing = build_mixup(config, data.num_classes)
         learner = dist.all_or_none(lambda: Learner(config, model, dist, data.train, mixing=mixing))

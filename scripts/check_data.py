@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from acmix.checkpoint.atomic import write_atomically
 from acmix.data.check import check_folder
+from acmix.data.folders import readable_name
 from acmix.errors import UserError
 from acmix.process.program import BAD_USAGE, Arguments, run_program
 
@@ -42,8 +43,8 @@ def check(arguments: Sequence[str] | None) -> int:
     if options.json is not None:
         write_atomically(options.json, json.dumps(report.to_json(), indent=2) + "\n")
     for problem in report.problems:
-        path = os.fsencode(problem.path).decode("utf-8", "backslashreplace")
-        print(f"{'FATAL' if problem.fatal else 'note '} {problem.kind:14} {path}: {problem.detail}")
+        path, detail = readable_name(problem.path), readable_name(problem.detail)
+        print(f"{'FATAL' if problem.fatal else 'note '} {problem.kind:15} {path}: {detail}")
     counts = ", ".join(f"{count} {kind}" for kind, count in report.to_json()["counts"].items()) or "no problems"
     verdict = "would stop a run" if report.fatal else "nothing that would stop a run"
     print(f"{report.files} images read in {options.root}: {counts}; {verdict}")

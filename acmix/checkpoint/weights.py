@@ -44,7 +44,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, tran
         else:
             model.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{source}: the weights do not fit {type(model).__name__}: {error}") from None
+        way_out = _other_classes(model, weights)
+        raise UserError(f"{source}: the weights do not fit {type(model).__name__}: {error}{way_out}") from None
 
 
 def start_from(model: nn.Module, source: str, translate: Translate) -> None:
@@ -60,6 +61,18 @@ def start_from(model: nn.Module, source: str, translate: Translate) -> None:
         print(f"warning: {source}: its classifier is for other classes; this one starts new", file=sys.stderr)
         weights = {**weights, **{name: own[name] for name in head}}
     load_weights(model, weights, source, translate)
+
+
+def _other_classes(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """For a message: the classes of either side where only their number differs; else empty."""
+    own = model.state_dict()
+    other = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if not other or not set(other) <= set(_classifier_names(model, own)):
+        return ""
+    theirs, ours = len(weights[other[0]]), len(own[other[0]])
+    return (
+        f"\nThe weights are for {theirs} classes, the data has {ours}; name all {theirs}, in order: data.classes=FILE"
+    )
 
 
 def _classifier_names(model: nn.Module, names: Mapping[str, Tensor]) -> list[str]:

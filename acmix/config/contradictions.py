@@ -25,6 +25,12 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
         found.append((("data", "root"), f"is required for the dataset {data.dataset}: the folder that holds the data"))
     if data.download and not dataset.can_download:
         found.append((("data", "download"), f"the dataset {data.dataset} cannot be downloaded; set it to false"))
+    if data.classes is not None and data.class_order is not None:
+        found.append(
+            (("data", "class_order"), f"data.classes, {data.classes}, gives the order already; keep one of them")
+        )
+    if data.labels and dataset.name != "folder":
+        found.append((("data", "labels"), f"is for the dataset folder; {data.dataset} holds the classes of its images"))
     for name, (low, high) in (("scale", augment.scale), ("ratio", augment.ratio)):
         if low > high:
             found.append((("augment", name), f"the smallest, {low:g}, is above the largest, {high:g}"))

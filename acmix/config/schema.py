@@ -64,6 +64,15 @@ class DataConfig(_Section):
     val_split: Text = "val"
     """Validation split; for folder, a subfolder of root."""
 
+    class_order: Literal["sorted", "natural"] | None = None
+    """Order of classes: sorted as text, or natural (timm's); null: sorted for folder, tar, wds/, else as published."""
+
+    classes: Text | None = None
+    """File that names all classes in order, one a line or a JSON list; null: those of the training data."""
+
+    labels: Text | None = None
+    """For folder: file with the classes of images that lie in no class folders; {split} in it: train or val."""
+
     image_size: Annotated[int, Field(ge=1, le=65535)] = 224
     """Height and width, pixels."""
 

@@ -1,6 +1,6 @@
 """Batches for training and validation: `build_data(config)`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from acmix.config import Config
-from acmix.data.datasets import Source, build_source, build_sources, statistics_of
+from acmix.data.classes import present_classes
+from acmix.data.datasets import Source, build_sources, build_val_source, statistics_of
 from acmix.data.images import BadImage
 from acmix.data.sampler import BatchPlan, TrainOrder, val_plans
 from acmix.data.seeding import preserved_generators, seed_generators, stream_seed
@@ -154,6 +155,8 @@ class ValLoader:
 
     def __init__(self, source: Source, transform: Transform, config: Config, rank: int, world_size: int) -> None:
         self.classes = source.classes
+        self.present = present_classes(source)
+        """Indices of the classes that may have images here, ascending."""
         self._source = source
         batch_size = config.data.val_batch_size or config.data.batch_size
         self._plans = val_plans(len(source), batch_size, rank, world_size)
@@ -193,13 +196,14 @@ class Data:
         return len(self.classes)
 
 
-def build_data(config: Config, *, rank: int = 0, world_size: int = 1) -> Data:
+def build_data(config: Config, *, rank: int = 0, world_size: int = 1, classes: Sequence[str] | None = None) -> Data:
     """Open the configured dataset for one process of several.
 
-    Raises UserError: missing data, empty or hidden class folders, classes that differ between the splits, fewer
+    `classes`, the list of the run or weights to go on from, keeps its order where the data has the same classes.
+    Raises UserError: missing data, empty or hidden class folders, validation classes that training lacks, fewer
     training images than a global batch.
     """
-    train, val, statistics = build_sources(config)
+    train, val, statistics = build_sources(config, classes, rank)
     return Data(
         classes=train.classes,
         train=TrainLoader(train, build_train_transform(config, statistics), config, rank, world_size),
@@ -207,18 +211,12 @@ def build_data(config: Config, *, rank: int = 0, world_size: int = 1) -> Data:
     )
 
 
-def build_val(config: Config, *, rank: int = 0, world_size: int = 1, classes: list[str] | None = None) -> ValLoader:
+def build_val(config: Config, *, rank: int = 0, world_size: int = 1, classes: Sequence[str] | None = None) -> ValLoader:
     """Open only the validation split, for evaluation.
 
-    `classes`, the list a run was trained with, must be that of the data. Raises UserError.
+    `classes`, the list a run was trained with, numbers those of the data, which may be a part of it. Raises UserError.
     """
-    source = build_source(config.data, config.data.val_split)
-    if classes is not None and classes != source.classes:
-        only_run, only_data = sorted(set(classes) - set(source.classes)), sorted(set(source.classes) - set(classes))
-        raise UserError(
-            f"the data's {len(source.classes)} classes are not the {len(classes)} of training: "
-            f"missing here {only_run[:5]}, unknown there {only_data[:5]}"
-        )
+    source = build_val_source(config, classes, rank)
     return ValLoader(source, build_val_transform(config, statistics_of(config.data)), config, rank, world_size)
 
 
@@ -228,7 +226,8 @@ def resolve_num_classes(config: Config, data: Data | ValLoader) -> int:
     if wanted is not None and wanted != found:
         raise UserError(
             f"model.num_classes is {wanted}, but the data (data.dataset {config.data.dataset}) has {found} classes; "
-            "make them equal or leave model.num_classes out"
+            "make them equal or leave model.num_classes out; where the data holds a part of the classes, name all of "
+            "them with data.classes=FILE"
         )
     return found
 

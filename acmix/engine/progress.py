@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from acmix.config import Config
+from acmix.engine.run_folder import trained_classes
 from acmix.errors import UserError
 
 if TYPE_CHECKING:
+    from acmix.checkpoint.snapshot import Snapshot
     from acmix.data.loader import Data
 
 
@@ -26,6 +28,13 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     skipped: int = 0
     unread: int = 0
+
+
+def classes_to_keep(config: Config, snapshot: "Snapshot | None") -> list[str] | None:
+    """The classes, in order, of the checkpoint to continue, else of the weights to start from; None: none are known."""
+    if snapshot is not None:
+        return list(snapshot.progress["classes"])
+    return None if config.model.checkpoint is None else trained_classes(config.model.checkpoint)
 
 
 def run_fingerprint(config: Config, data: "Data", world_size: int) -> dict[str, Any]:

@@ -4,10 +4,12 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from acmix.checkpoint.manifest import PROGRESS_FILE
 from acmix.config import Config
 from acmix.errors import UserError
 from acmix.process.program import REQUEUE
@@ -97,10 +99,28 @@ def find_config(checkpoint: str, config: str | None) -> tuple[Path, Path]:
         raise UserError(f"--checkpoint {path}: no such run, checkpoint or weights file")
     if config is not None:
         return path, Path(config)
-    for folder in (path, *path.resolve().parents[:3]):
+    for folder in _around(path):
         if (folder / CONFIG).is_file():
             return path, folder / CONFIG
     raise UserError(f"--checkpoint {path}: does not lie in a run folder; give its config with --config FILE")
+
+
+def trained_classes(path: str | Path) -> list[str] | None:
+    """The classes, in order, that the run, checkpoint or weights at `path` were trained on.
+
+    Read from the checkpoint that they belong to, else from the run folder that they lie in; None where neither says.
+    """
+    real = Path(path).resolve()
+    runs = [folder / CLASSES for folder in _around(real) if (folder / CONFIG).is_file()]
+    for file in (real / PROGRESS_FILE, real.parent / PROGRESS_FILE, *runs):
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        classes = values.get("classes") if isinstance(values, dict) else values
+        if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
+            return classes
+    return None
 
 
 def launcher_id() -> str | None:
@@ -109,6 +129,11 @@ def launcher_id() -> str | None:
     if run_id is None:
         return None
     return run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
+
+
+def _around(path: Path) -> Sequence[Path]:
+    """The folders that may be the run folder of a run, a checkpoint or a file in one."""
+    return (path, *path.resolve().parents[:3])
 
 
 def _run_of_this_launcher(config: Config, folder: Path | None) -> Path | None:
