@@ -1,9 +1,10 @@
 """The schema of a run: every key a config file may hold, section by section."""
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, Tag
+from pydantic_core import PydanticCustomError
 
 from acmix.config.yaml import write_yaml
 
@@ -23,8 +24,40 @@ Names = Annotated[tuple[Text, ...], Field(strict=False)]
 AutoAugment = Annotated[str, Field(pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+[0-9]*(\.[0-9]+)?)*$")]
 Pair = Annotated[tuple[AboveZero, AboveZero], Field(strict=False)]
 Betas = Annotated[tuple[BelowOne, ...], Field(strict=False, min_length=2, max_length=3)]
-Mean = Annotated[tuple[Probability, Probability, Probability], Field(strict=False)]
-Std = Annotated[tuple[Share, Share, Share], Field(strict=False)]
+Side = Annotated[int, Field(ge=1, le=65535)]
+
+
+def _side_or_pair(value: Any) -> str:
+    return "pair" if isinstance(value, (list, tuple)) else "side"
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _one_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) == 2:
+        raise PydanticCustomError("one_or_three", "must be one number, or one for each of R, G and B")
+    return values
+
+
+ImageSize = Annotated[
+    Annotated[Side, Tag("side")] | Annotated[tuple[Side, Side], Field(strict=False), Tag("pair")],
+    Discriminator(_side_or_pair),
+]
+_FEW = Field(strict=False, min_length=1, max_length=3)
+Mean = Annotated[
+    tuple[Probability, ...],
+    _FEW,
+    BeforeValidator(_listed, json_schema_input_type=Probability | Annotated[tuple[Probability, ...], _FEW]),
+    AfterValidator(_one_or_three),
+]
+Std = Annotated[
+    tuple[Share, ...],
+    _FEW,
+    BeforeValidator(_listed, json_schema_input_type=Share | Annotated[tuple[Share, ...], _FEW]),
+    AfterValidator(_one_or_three),
+]
 
 
 class _Section(BaseModel):
@@ -48,6 +81,12 @@ class ModelConfig(_Section):
     checkpoint: Text | None = None
     """Weights to start from: a run folder, a checkpoint or a weights file."""
 
+    @property
+    def in_chans(self) -> Any:
+        """Channels of the images, as kwargs say; 3 unless given."""
+        given = self.kwargs.get("in_chans")
+        return 3 if given is None else given
+
 
 class DataConfig(_Section):
     """Where the images come from and how they are read."""
@@ -64,8 +103,8 @@ class DataConfig(_Section):
     val_split: Text = "val"
     """Validation split; for folder, a subfolder of root."""
 
-    image_size: Annotated[int, Field(ge=1, le=65535)] = 224
-    """Height and width, pixels."""
+    image_size: ImageSize = 224
+    """Side of a square image, or [height, width]; pixels."""
 
     batch_size: Positive = 128
     """Images per process and forward pass in training."""
@@ -80,10 +119,10 @@ class DataConfig(_Section):
     """Download missing data (cifar10, cifar100, torch/NAME)."""
 
     mean: Mean | None = None
-    """Mean of R, G, B in 0..1; null: that of the dataset."""
+    """Mean of R, G, B in 0..1, or one number for all (or for grey images); null: that of the dataset."""
 
     std: Std | None = None
-    """Standard deviation of R, G, B; null: that of the dataset."""
+    """Standard deviation, in the same form; null: that of the dataset."""
 
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
     """How images are resized."""
@@ -105,6 +144,11 @@ class DataConfig(_Section):
 
     pin_memory: bool | None = None
     """Batches in page-locked memory; null: only with CUDA."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
 class AugmentConfig(_Section):
