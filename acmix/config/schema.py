@@ -3,9 +3,9 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from acmix.config.image_values import ImageSize, Mean, Probability, Share, Std
 from acmix.config.yaml import write_yaml
 
 _MAX_INT = 2**31 - 1
@@ -16,48 +16,12 @@ Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
 NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 RunName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$", max_length=200)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
 AutoAugment = Annotated[str, Field(pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+[0-9]*(\.[0-9]+)?)*$")]
 Pair = Annotated[tuple[AboveZero, AboveZero], Field(strict=False)]
 Betas = Annotated[tuple[BelowOne, ...], Field(strict=False, min_length=2, max_length=3)]
-Side = Annotated[int, Field(ge=1, le=65535)]
-
-
-def _side_or_pair(value: Any) -> str:
-    return "pair" if isinstance(value, (list, tuple)) else "side"
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-def _one_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
-    if len(values) == 2:
-        raise PydanticCustomError("one_or_three", "must be one number, or one for each of R, G and B")
-    return values
-
-
-ImageSize = Annotated[
-    Annotated[Side, Tag("side")] | Annotated[tuple[Side, Side], Field(strict=False), Tag("pair")],
-    Discriminator(_side_or_pair),
-]
-_FEW = Field(strict=False, min_length=1, max_length=3)
-Mean = Annotated[
-    tuple[Probability, ...],
-    _FEW,
-    BeforeValidator(_listed, json_schema_input_type=Probability | Annotated[tuple[Probability, ...], _FEW]),
-    AfterValidator(_one_or_three),
-]
-Std = Annotated[
-    tuple[Share, ...],
-    _FEW,
-    BeforeValidator(_listed, json_schema_input_type=Share | Annotated[tuple[Share, ...], _FEW]),
-    AfterValidator(_one_or_three),
-]
 
 
 class _Section(BaseModel):
