@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from acmix.process.program import Arguments, run_program
 
@@ -51,18 +51,20 @@ def evaluate_from(options: argparse.Namespace) -> int:
     from acmix.data.loader import build_val, resolve_num_classes
     from acmix.engine.confusion import Confusion, PartOfClasses, write_report
     from acmix.engine.evaluate import evaluate
+    from acmix.engine.proof import memory_explained, prove
     from acmix.process.distributed import Distributed
     from acmix.process.environment import set_up_torch
 
-    with Distributed.start(config.run) as dist:
+    kwargs: dict[str, Any] = config.model.kwargs | {"image_size": config.data.size, "pretrained": False}
+    with Distributed.start(config.run) as dist, memory_explained(config):
         set_up_torch(config.run, dist.device)
         weights, classes = dist.all_or_none(lambda: pick_weights(path, options.weights))
         classes = classes or trained_classes(path)
         data = dist.all_or_none(lambda: build_val(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
         width = dist.all_or_none(lambda: resolve_num_classes(config, data))
-        model = dist.all_or_none(lambda: models.create_model(config.model.name, width, **config.model.kwargs))
+        model = dist.all_or_none(lambda: models.create_model(config.model.name, width, **kwargs))
+        dist.all_or_none(lambda: prove(model, config, width, dist))
         dist.all_or_none(lambda: load_weights(model, weights, str(path), models.load_official))
-        model.to(dist.device)
         confusion = Confusion(width, dist.device) if options.report else None
         part = PartOfClasses(data.present, width, dist)
 

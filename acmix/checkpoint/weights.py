@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from acmix.checkpoint.fit import fit_channels, fit_positions
 from acmix.checkpoint.read import resolve_weights
 from acmix.errors import UserError
 
@@ -36,14 +37,15 @@ def pick_weights(path: str | Path, kind: Kind = "auto") -> Picked:
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, translate: Translate) -> None:
     """Load weights strictly; those of the authors' release go through `translate` (models.load_official).
 
+    Position tables for another size of image are interpolated by the model's family, and a line on stderr says so.
     Raises UserError listing what is missing, unexpected or of another shape.
     """
     try:
         if any(name.endswith(".rate1") for name in weights):
             translate(model, weights)
         else:
-            model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
+            model.load_state_dict(fit_positions(model, weights, source))
+    except (RuntimeError, ValueError, LookupError, AssertionError, AttributeError, TypeError) as error:
         way_out = _other_classes(model, weights)
         raise UserError(f"{source}: the weights do not fit {type(model).__name__}: {error}{way_out}") from None
 
@@ -51,9 +53,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, tran
 def start_from(model: nn.Module, source: str, translate: Translate) -> None:
     """Initial weights (`model.checkpoint`): as load_weights, but a classifier for other classes is not loaded.
 
-    A warning on stderr then says so.
+    A first convolution for another number of channels is adapted. Warnings on stderr then say so.
     """
-    weights = pick_weights(source).weights
+    weights = fit_channels(model, pick_weights(source).weights, source)
     own = model.state_dict()
     head = _classifier_names(model, own)
     other = [name for name in head if name in weights and weights[name].shape != own[name].shape]

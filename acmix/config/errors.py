@@ -98,9 +98,9 @@ def describe_errors(
 
 
 def _written_path(loc: tuple[str | int, ...], origins: Mapping[KeyPath, str]) -> KeyPath:
-    if loc[1:2] != ("kwargs",):
-        return loc
     path: KeyPath = loc[:2]
+    if path[1:] != ("kwargs",):
+        return (*path, *(part for part in loc[2:] if isinstance(part, int)))  # the rest names a member of a union
     for part in loc[2:]:  # pydantic puts the names of its own types between the keys here
         path = (*path, part) if (*path, part) in origins else path
     return path

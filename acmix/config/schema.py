@@ -1,10 +1,11 @@
 """The schema of a run: every key a config file may hold, section by section."""
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from acmix.config.image_values import ImageSize, Mean, Probability, Share, Std
 from acmix.config.yaml import write_yaml
 
 _MAX_INT = 2**31 - 1
@@ -15,16 +16,12 @@ Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
 NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 RunName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$", max_length=200)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
 AutoAugment = Annotated[str, Field(pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+[0-9]*(\.[0-9]+)?)*$")]
 Pair = Annotated[tuple[AboveZero, AboveZero], Field(strict=False)]
 Betas = Annotated[tuple[BelowOne, ...], Field(strict=False, min_length=2, max_length=3)]
-Mean = Annotated[tuple[Probability, Probability, Probability], Field(strict=False)]
-Std = Annotated[tuple[Share, Share, Share], Field(strict=False)]
 
 
 class _Section(BaseModel):
@@ -47,6 +44,12 @@ class ModelConfig(_Section):
 
     checkpoint: Text | None = None
     """Weights to start from: a run folder, a checkpoint or a weights file."""
+
+    @property
+    def in_chans(self) -> Any:
+        """Channels of the images, as kwargs say; 3 unless given."""
+        given = self.kwargs.get("in_chans")
+        return 3 if given is None else given
 
 
 class DataConfig(_Section):
@@ -73,8 +76,8 @@ class DataConfig(_Section):
     labels: Text | None = None
     """For folder: file with the classes of images that lie in no class folders; {split} in it: train or val."""
 
-    image_size: Annotated[int, Field(ge=1, le=65535)] = 224
-    """Height and width, pixels."""
+    image_size: ImageSize = 224
+    """Side of a square image, or [height, width]; pixels."""
 
     batch_size: Positive = 128
     """Images per process and forward pass in training."""
@@ -89,10 +92,10 @@ class DataConfig(_Section):
     """Download missing data (cifar10, cifar100, torch/NAME)."""
 
     mean: Mean | None = None
-    """Mean of R, G, B in 0..1; null: that of the dataset."""
+    """Mean of R, G, B in 0..1, or one number for all (or for grey images); null: that of the dataset."""
 
     std: Std | None = None
-    """Standard deviation of R, G, B; null: that of the dataset."""
+    """Standard deviation, in the same form; null: that of the dataset."""
 
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
     """How images are resized."""
@@ -114,6 +117,11 @@ class DataConfig(_Section):
 
     pin_memory: bool | None = None
     """Batches in page-locked memory; null: only with CUDA."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
 class AugmentConfig(_Section):

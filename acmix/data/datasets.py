@@ -13,7 +13,6 @@ from typing import Literal, Protocol
 from PIL import Image
 
 from acmix.config import Config, DataConfig, find_dataset
-from acmix.config.datasets import Triple
 from acmix.data.classes import (
     Renumbered,
     check_trained_classes,
@@ -36,6 +35,8 @@ Role = Literal["train", "val"]
 SPLIT = "{split}"
 """Stands for the role in `data.labels`."""
 
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, by which Pillow makes grey from R, G and B
+
 
 class Source(Protocol):
     """Images that can be read in any order, any number of times, by any number of processes."""
@@ -54,10 +55,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation by which the channels (R, G, B in 0..1) are normalised."""
+    """Mean and standard deviation by which the channels are normalised: of R, G, B in 0..1, or of grey alone."""
 
-    mean: Triple
-    std: Triple
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def build_sources(
@@ -88,7 +89,7 @@ def build_sources(
         missing = sorted(set(range(len(order))) - set(present_classes(numbered[role])))
         if missing:
             warn(f"{name}: no images of {len(missing)} of {len(order)} classes: {some([order[i] for i in missing])}")
-    return numbered["train"], numbered["val"], statistics_of(data)
+    return numbered["train"], numbered["val"], statistics_of(data, config.model.in_chans)
 
 
 def build_val_source(config: Config, trained: Sequence[str] | None = None, rank: int = 0) -> Source:
@@ -122,10 +123,20 @@ def build_source(data: DataConfig, split: str) -> Source:
     return source
 
 
-def statistics_of(data: DataConfig) -> Statistics:
-    """Mean and standard deviation from the config, else those of the dataset."""
+def statistics_of(data: DataConfig, channels: int = 3) -> Statistics:
+    """Mean and standard deviation from the config, else those of the dataset, for images of 1 or 3 channels.
+
+    Three numbers make those of the grey image by the weights that make it from R, G and B; the standard deviation
+    is then that of images whose channels vary together. One number stands for every channel.
+    """
     dataset = find_dataset(data.dataset)
-    return Statistics(data.mean or dataset.mean, data.std or dataset.std)
+    return Statistics(_for(channels, data.mean or dataset.mean), _for(channels, data.std or dataset.std))
+
+
+def _for(channels: int, values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) == 1:
+        return values * channels
+    return values if channels == 3 else (sum(w * value for w, value in zip(_LUMA, values, strict=True)),)
 
 
 def data_root(data: DataConfig) -> Path:

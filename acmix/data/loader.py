@@ -29,7 +29,7 @@ class Batch:
     `ids` are indices into the dataset, also of the unreadable images.
     """
 
-    images: torch.Tensor  # (B, 3, S, S) float32, normalised
+    images: torch.Tensor  # (B, C, H, W) float32, normalised; C is 3, or 1 for grey
     targets: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64
     valid: torch.Tensor  # (B,) bool
@@ -53,16 +53,16 @@ class BatchReader(Dataset):
     The augmentation of an image is seeded from (seed, epoch, index, repeat); with seed None nothing is seeded.
     """
 
-    def __init__(self, source: Source, transform: Transform, image_size: int, seed: int | None) -> None:
+    def __init__(self, source: Source, transform: Transform, config: Config, seed: int | None) -> None:
         self._source = source
         self._transform = transform
-        self._size = image_size
+        self._shape = (config.model.in_chans, *config.data.size)
         self._seed = seed
 
     def __getitem__(self, plan: BatchPlan) -> _Read:
         count = len(plan.indices)
         read = _Read(
-            images=torch.zeros(count, 3, self._size, self._size),
+            images=torch.zeros(count, *self._shape),
             targets=np.zeros(count, dtype=np.int64),
             ids=plan.indices,
             valid=np.zeros(count, dtype=bool),
@@ -118,7 +118,7 @@ class TrainLoader:
         self._source = source
         self._rank = rank
         self._raises = config.data.on_error == "raise"
-        reader = BatchReader(source, transform, config.data.image_size, config.run.seed)
+        reader = BatchReader(source, transform, config, config.run.seed)
         self._pool = WorkerPool(reader, config)
 
     def __len__(self) -> int:
@@ -160,7 +160,7 @@ class ValLoader:
         self._source = source
         batch_size = config.data.val_batch_size or config.data.batch_size
         self._plans = val_plans(len(source), batch_size, rank, world_size)
-        reader = BatchReader(source, transform, config.data.image_size, None)
+        reader = BatchReader(source, transform, config, None)
         self._pool = WorkerPool(reader, config, most=len(self._plans))
 
     def __len__(self) -> int:
@@ -217,7 +217,8 @@ def build_val(config: Config, *, rank: int = 0, world_size: int = 1, classes: Se
     `classes`, the list a run was trained with, numbers those of the data, which may be a part of it. Raises UserError.
     """
     source = build_val_source(config, classes, rank)
-    return ValLoader(source, build_val_transform(config, statistics_of(config.data)), config, rank, world_size)
+    statistics = statistics_of(config.data, config.model.in_chans)
+    return ValLoader(source, build_val_transform(config, statistics), config, rank, world_size)
 
 
 def resolve_num_classes(config: Config, data: Data | ValLoader) -> int:

@@ -107,7 +107,13 @@ class Learner:
         seed_step(self.config.run.seed, step, self.dist.rank, micro)
         images, targets = network_inputs(batch, self.config.precision, self.dist.device, self.mixing)
         with autocast(self.config.precision, self.dist.device):
-            losses = self._losses(self._runner(images), targets)
+            logits = self._runner(images)
+            if not isinstance(logits, Tensor):  # evaluation has seen one, but some networks train with several outputs
+                raise UserError(
+                    f"model.name: {self.config.model.name} gives a {type(logits).__name__} in training, where one "
+                    "tensor of logits is needed; choose another model or model.kwargs"
+                )
+            losses = self._losses(logits, targets)
         if not batch.errors:
             return losses.mean()
         valid = batch.valid.to(losses)  # 0 where another image stands in for one that cannot be read

@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from acmix.checkpoint.layout import ABANDONED, CHECKPOINTS, list_checkpoints
 from acmix.checkpoint.manifest import PROGRESS_FILE
 from acmix.config import Config
+from acmix.engine.lock import LOCK_NAME
 from acmix.errors import UserError
 from acmix.process.program import REQUEUE
+from acmix.telemetry.record import read_rows
 
 RUNS = Path("runs")
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
 CLASSES = "classes.json"
-_TRACES = (CONFIG, "metrics.jsonl", "checkpoints", SUMMARY)
+METRICS = "metrics.jsonl"
+_TRACES = (CONFIG, METRICS, CHECKPOINTS, SUMMARY)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,23 @@ def choose_run(config: Config, resume: str) -> RunChoice:
 
 
 def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run with something to lose: a checkpoint, or a logged row of a step.
+
+    What a run left that ended before its first update may be overwritten. A file of a run's name counts as one where
+    there is no lock file: then it is not a run's, or nobody can tell.
+    """
+    if not _has_traces(folder):
+        return False
+    saved = folder / CHECKPOINTS
+    if not (folder / LOCK_NAME).exists() or list_checkpoints(saved) or list_checkpoints(saved / ABANDONED):
+        return True
+    try:
+        return any(row["step"] > 0 for row in read_rows(folder / METRICS))
+    except OSError:
+        return True
+
+
+def _has_traces(folder: Path) -> bool:
     """Whether a folder holds a file of a run (a lock file alone does not count)."""
     return any((folder / name).exists() for name in _TRACES)
 
@@ -155,13 +176,14 @@ def _continue_restarted(folder: Path) -> RunChoice:
 
 def _choose_automatically(config: Config, folder: Path | None) -> RunChoice:
     if folder is not None:
-        if not holds_run(folder):
+        if not _has_traces(folder):
             return RunChoice(folder)
         if read_summary(folder).get("status") == "done":
             message = f"{folder} is finished, nothing to do; raise schedule.epochs and give --resume {folder} to go on"
             return RunChoice(folder, status=0, message=message)
         return RunChoice(folder, checkpoint=folder, or_begin=True)
     unfinished = [run for run in _runs_named(config) if read_summary(run).get("status") != "done"]
+    unfinished.sort(key=holds_run, reverse=True)  # those without an update last
     return RunChoice(unfinished[0], checkpoint=unfinished[0], or_begin=True) if unfinished else RunChoice()
 
 
@@ -169,7 +191,7 @@ def _choose_explicitly(path: Path, folder: Path | None) -> RunChoice:
     if not path.exists():
         raise UserError(f"--resume {path}: no such run or checkpoint; give none, auto, a run folder or a checkpoint")
     real = path.resolve()
-    if real.is_dir() and holds_run(real):
+    if real.is_dir() and _has_traces(real):
         owner: Path | None = path
     elif real.parent.name == "checkpoints":
         owner = real.parent.parent
@@ -190,4 +212,4 @@ def _runs_named(config: Config) -> list[Path]:
     parent = RUNS / str(config.run.name)
     if not parent.is_dir():
         return []
-    return sorted((run for run in parent.iterdir() if run.is_dir() and holds_run(run)), reverse=True)
+    return sorted((run for run in parent.iterdir() if run.is_dir() and _has_traces(run)), reverse=True)
