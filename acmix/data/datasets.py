@@ -75,7 +75,7 @@ def build_sources(
     data = config.data
     warn = _warn if rank == 0 else _say_nothing
     listed = _listed_classes(data)
-    train = _open_split(config, "train", listed or trained, warn)
+    train = _open_split(config, "train", listed, warn)
     order = listed or _own_order(config, train)
     if trained is not None and same_names(order, trained):
         order = list(trained)

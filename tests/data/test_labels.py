@@ -161,3 +161,10 @@ def test_class_folders_train_while_a_list_labels_flat_validation(
     assert train.classes == val.classes == ["n2", "n10", "n1"]
     assert [val.load(i)[1] for i in range(4)] == [0, 2, 1, 0]
     assert "is for validation" in capsys.readouterr().err
+
+
+def test_labels_need_not_be_classes_of_the_weights_to_start_from(root: Path, make_config: MakeConfig) -> None:
+    (root / "labels.csv").write_text("train/a,cat\ntrain/b,eel\nval/a,cat\nval/b,eel\n")
+    config = make_config(data__dataset="folder", data__root=root, data__labels=root / "labels.csv")
+    assert build_sources(config, trained=["cat", "dog"])[0].classes == ["cat", "eel"]
+    assert build_sources(config, trained=["eel", "cat"])[0].classes == ["eel", "cat"]
