@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from acmix.config.kinds import IS_PATH, path_keys
 from acmix.config.yaml import write_yaml
+from acmix.paths import escape_path
 
 _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**63 - 1
@@ -18,6 +20,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, IS_PATH]
 RunName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$", max_length=200)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
 AutoAugment = Annotated[str, Field(pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+[0-9]*(\.[0-9]+)?)*$")]
@@ -45,7 +48,7 @@ class ModelConfig(_Section):
     kwargs: dict[str, JsonValue] = {}
     """Further keyword arguments of the model, e.g. {stem: cifar}."""
 
-    checkpoint: Text | None = None
+    checkpoint: PathText | None = None
     """Weights to start from: a run folder, a checkpoint or a weights file."""
 
 
@@ -55,7 +58,7 @@ class DataConfig(_Section):
     dataset: Text
     """digits, cifar10, cifar100, folder, tar, wds/NAME, torch/NAME, hfds/NAME, or a registered dataset."""
 
-    root: Text | None = None
+    root: PathText | None = None
     """Folder (or file) that holds the data; not needed for digits."""
 
     train_split: Text = "train"
@@ -257,7 +260,7 @@ class EmaConfig(_Section):
 class RunConfig(_Section):
     """Output folder, device, logging, checkpoints."""
 
-    dir: Text | None = None
+    dir: PathText | None = None
     """Folder of the run; null: runs/NAME/DATE-TIME."""
 
     name: RunName | None = Field(default=None, examples=["try-1"])
@@ -320,8 +323,15 @@ class Config(_Section):
     run: RunConfig = RunConfig()
 
     def dump(self) -> str:
-        """The whole config, defaults included, as YAML that loads back to an equal Config."""
-        return write_yaml(self.model_dump(mode="json"))
+        """The whole config, defaults included, as YAML that `load_config` reads back to an equal Config.
+
+        Paths stand in it as the run uses them, with `~` and variables replaced; a `$` in one is written `$$`.
+        """
+        values = self.model_dump(mode="json")
+        for section, key in path_keys(type(self)):
+            if values[section][key] is not None:
+                values[section][key] = escape_path(values[section][key])
+        return write_yaml(values)
 
 
 def json_schema() -> str:
