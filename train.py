@@ -56,8 +56,8 @@ def train(config: "Config", choice: "RunChoice", signals: StopSignals, *, dry_ru
     from acmix.data.transforms import build_mixup
     from acmix.engine.dry_run import plan
     from acmix.engine.learner import Learner
-    from acmix.engine.progress import classes_to_keep
     from acmix.engine.proof import memory_explained, prove
+    from acmix.engine.run_folder import classes_to_keep
     from acmix.engine.session import Session
     from acmix.engine.trainer import Trainer
     from acmix.process.distributed import Distributed

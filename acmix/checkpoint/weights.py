@@ -1,5 +1,6 @@
 """Weights from a run, a checkpoint or a file into a network: ours, timm's or the authors'."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from acmix.checkpoint.fit import fit_channels, fit_positions
 from acmix.checkpoint.read import resolve_weights
 from acmix.errors import UserError
+from acmix.paths import missing_path_hint
 
 Translate = Callable[[nn.Module, Mapping[str, Any]], None]
 Kind = Literal["auto", "ema", "raw"]
@@ -53,9 +55,17 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, tran
 def start_from(model: nn.Module, source: str, translate: Translate) -> None:
     """Initial weights (`model.checkpoint`): as load_weights, but a classifier for other classes is not loaded.
 
-    A first convolution for another number of channels is adapted. Warnings on stderr then say so.
+    A first convolution for another number of channels is adapted. Warnings on stderr then say so. Raises UserError as
+    load_weights and pick_weights do.
     """
-    weights = fit_channels(model, pick_weights(source).weights, source)
+    try:
+        weights = pick_weights(source).weights
+    except UserError:
+        if os.path.exists(source):
+            raise
+        expected = "give a run folder, a checkpoint or a weights file"
+        raise UserError(f"model.checkpoint: {source} does not exist; {expected}{missing_path_hint(source)}") from None
+    weights = fit_channels(model, weights, source)
     own = model.state_dict()
     head = _classifier_names(model, own)
     other = [name for name in head if name in weights and weights[name].shape != own[name].shape]

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from acmix.config.image_values import ImageSize, Mean, Probability, Share, Std
+from acmix.config.kinds import IS_PATH, path_keys
 from acmix.config.yaml import write_yaml
+from acmix.paths import escape_path
 
 _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**63 - 1
@@ -17,6 +19,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, IS_PATH]
 RunName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$", max_length=200)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
 AutoAugment = Annotated[str, Field(pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+[0-9]*(\.[0-9]+)?)*$")]
@@ -42,7 +45,7 @@ class ModelConfig(_Section):
     kwargs: dict[str, JsonValue] = {}
     """Further keyword arguments of the model, e.g. {stem: cifar}."""
 
-    checkpoint: Text | None = None
+    checkpoint: PathText | None = None
     """Weights to start from: a run folder, a checkpoint or a weights file."""
 
     @property
@@ -58,7 +61,7 @@ class DataConfig(_Section):
     dataset: Text
     """digits, cifar10, cifar100, folder, tar, wds/NAME, torch/NAME, hfds/NAME, or a registered dataset."""
 
-    root: Text | None = None
+    root: PathText | None = None
     """Folder (or file) that holds the data; not needed for digits."""
 
     train_split: Text = "train"
@@ -70,10 +73,10 @@ class DataConfig(_Section):
     class_order: Literal["sorted", "natural"] | None = None
     """Order of classes: sorted as text, or natural (timm's); null: sorted for folder, tar, wds/, else as published."""
 
-    classes: Text | None = None
+    classes: PathText | None = None
     """File that names all classes in order, one a line or a JSON list; null: those of the training data."""
 
-    labels: Text | None = None
+    labels: PathText | None = None
     """For folder: file with the classes of images that lie in no class folders; {split} in it: train or val."""
 
     image_size: ImageSize = 224
@@ -274,7 +277,7 @@ class EmaConfig(_Section):
 class RunConfig(_Section):
     """Output folder, device, logging, checkpoints."""
 
-    dir: Text | None = None
+    dir: PathText | None = None
     """Folder of the run; null: runs/NAME/DATE-TIME."""
 
     name: RunName | None = Field(default=None, examples=["try-1"])
@@ -337,8 +340,15 @@ class Config(_Section):
     run: RunConfig = RunConfig()
 
     def dump(self) -> str:
-        """The whole config, defaults included, as YAML that loads back to an equal Config."""
-        return write_yaml(self.model_dump(mode="json"))
+        """The whole config, defaults included, as YAML that `load_config` reads back to an equal Config.
+
+        Paths stand in it as the run uses them, with `~` and variables replaced; a `$` in one is written `$$`.
+        """
+        values = self.model_dump(mode="json")
+        for section, key in path_keys(type(self)):
+            if values[section][key] is not None:
+                values[section][key] = escape_path(values[section][key])
+        return write_yaml(values)
 
 
 def json_schema() -> str:

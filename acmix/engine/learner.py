@@ -130,7 +130,7 @@ class Learner:
         if clip is not None or measure:
             self.scaler.unscale_(self.optimizer)
             norm = self._clip(clip, mode)
-        self._step_optimizer()
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         self.discard()
         if self.ema is not None:
@@ -166,28 +166,18 @@ class Learner:
             if self.ema is not None:
                 self.ema.module.load_state_dict(model if ema is None else ema)
             groups = parameter_groups(self.model, self.config.optimizer)
-            load_optimizer(self.optimizer, training["optimizer"], groups)
+            load_optimizer(self.optimizer, self.config.optimizer, training["optimizer"], groups)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"the checkpoint does not fit this model or optimizer: {error}") from None
         if training["scaler"]:
             self.scaler.load_state_dict(training["scaler"])
-        self.ema_updates = training["ema_updates"]
+        self.ema_updates = 0 if ema is None else training["ema_updates"]
 
     def _synchronise(self, last: bool) -> Any:
         """Ranks exchange gradients with the last micro-batch of a step only."""
         if last or not isinstance(self._runner, DistributedDataParallel):
             return nullcontext()
         return self._runner.no_sync()
-
-    def _step_optimizer(self) -> None:
-        try:
-            self.scaler.step(self.optimizer)
-        except KeyError as error:
-            raise UserError(
-                f"the optimizer's state in the checkpoint has no {error}, which {self.config.optimizer.name} needs as "
-                "it is configured now; give optimizer.name and optimizer.kwargs as they were, or start a new run from "
-                "its weights with model.checkpoint"
-            ) from error
 
     def _clip(self, clip: float | None, mode: str) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]

@@ -3,12 +3,10 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from acmix.config import Config
-from acmix.engine.run_folder import trained_classes
+from acmix.config import Config, ScheduleConfig
 from acmix.errors import UserError
 
 if TYPE_CHECKING:
-    from acmix.checkpoint.snapshot import Snapshot
     from acmix.data.loader import Data
 
 
@@ -30,13 +28,6 @@ class Progress:
     unread: int = 0
 
 
-def classes_to_keep(config: Config, snapshot: "Snapshot | None") -> list[str] | None:
-    """The classes, in order, of the checkpoint to continue, else of the weights to start from; None: none are known."""
-    if snapshot is not None:
-        return list(snapshot.progress["classes"])
-    return None if config.model.checkpoint is None else trained_classes(config.model.checkpoint)
-
-
 def run_fingerprint(config: Config, data: "Data", world_size: int) -> dict[str, Any]:
     """What a checkpoint records of its run; all but `world_size` and `config` must be the same to continue it."""
     return {
@@ -48,6 +39,26 @@ def run_fingerprint(config: Config, data: "Data", world_size: int) -> dict[str, 
         "world_size": world_size,
         "config": config.model_dump(mode="json"),
     }
+
+
+def total_updates(schedule: ScheduleConfig, updates_per_epoch: int) -> int:
+    """Updates of the weights from the beginning of a run to its end."""
+    whole = schedule.epochs * updates_per_epoch
+    return min(whole, schedule.steps or whole)
+
+
+def refuse_shorter(schedule: ScheduleConfig, step: int, updates_per_epoch: int) -> None:
+    """UserError when the schedule ends before `step`, which the run has reached already."""
+    if schedule.epochs * updates_per_epoch < step:
+        given, least = f"schedule.epochs: {schedule.epochs}", f"{-(-step // updates_per_epoch)} epochs"
+    elif schedule.steps is not None and schedule.steps < step:
+        given, least = f"schedule.steps: {schedule.steps}", f"{step} updates"
+    else:
+        return
+    raise UserError(
+        f"{given} is less than the run has done already, {step} updates of {updates_per_epoch} an epoch; give at least "
+        f"{least}, or start a new run in another run.dir"
+    )
 
 
 _KEYS = {

@@ -7,9 +7,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from acmix.errors import UserError
+from acmix.paths import path_argument
 
 if TYPE_CHECKING:
     from acmix.process.signals import StopSignals
@@ -27,7 +28,14 @@ _GRACE_SECONDS = 10.0
 
 
 class Arguments(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of printing its usage and ending the process."""
+    """An ArgumentParser that raises UserError instead of printing its usage and ending the process.
+
+    In arguments of type Path, `~` and variables are replaced.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", Path, path_argument)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with the mistake and how to get help."""
