@@ -8,7 +8,7 @@ from pathlib import Path
 from acmix.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{([^{}]*)\})", re.ASCII)
-_URL = re.compile(r"(hf[-_]hub|timm|[a-z][a-z0-9+.-]*(?=://)):", re.IGNORECASE)
+_URL = re.compile(r"(hf[-_]hub|timm|[a-z][a-z0-9+.-]+(?=:/)):", re.IGNORECASE)  # a Path has made one / of two
 
 
 def expand_path(text: str, name: str) -> str:

@@ -123,3 +123,16 @@ def test_bad_input_is_refused(run_dir: Path, evaluate: Evaluate, tmp_path: Path)
     assert_refused(evaluate("--checkpoint", "other.safetensors", *config), "other.safetensors", "do not fit")
     file = run_dir / "checkpoints" / "last" / "model.safetensors"
     assert_refused(evaluate("--checkpoint", file, "--weights", "ema"), "ema")
+
+
+def test_home_and_variables_in_paths_are_expanded(
+    run_dir: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(run_dir.parent))
+    monkeypatch.setenv("NEW", "written")
+    outcome = evaluate("--checkpoint", "~/run", "--json", "$NEW.json", "--report", "${NEW}_report")
+    assert json.loads(Path("written.json").read_text()) == outcome.result
+    assert any(Path("written_report").iterdir())
+    assert_refused(evaluate("--checkpoint", "$NOT_SET_HERE/run"), "--checkpoint", "NOT_SET_HERE")
+    assert_refused(evaluate("--checkpoint", "~/rum"), f"nearest: {run_dir}")
+    assert_refused(evaluate("--checkpoint", "hf-hub:timm/resnet18"), "download")

@@ -123,9 +123,7 @@ def find_config(checkpoint: str, config: str | None) -> tuple[Path, Path]:
     """
     path = Path(expand_path(checkpoint, "--checkpoint"))
     if not path.exists():
-        raise UserError(
-            f"--checkpoint {checkpoint}: no such run, checkpoint or weights file{missing_path_hint(checkpoint)}"
-        )
+        raise UserError(f"--checkpoint {path}: no such run, checkpoint or weights file{missing_path_hint(path)}")
     if config is not None:
         return path, Path(config)
     for folder in _around(path):

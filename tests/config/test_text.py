@@ -141,6 +141,7 @@ def test_a_missing_path_is_answered_with_the_nearest_or_a_download(tmp_path: Pat
     assert missing_path_hint(tmp_path / "weight.safetensors" / "x").endswith(f"nearest: {tmp_path}/weights.safetensors")
     for address in ("https://example.org/a.pth", "hf-hub:timm/resnet18", "s3://bucket/a.pth"):
         assert "download" in missing_path_hint(address)
+        assert "download" in missing_path_hint(Path(address))
 
 
 def test_a_path_that_is_a_link_to_nothing_keeps_its_dollar(tmp_path: Path) -> None:
