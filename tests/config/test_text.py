@@ -9,7 +9,7 @@ from acmix.config.kinds import is_text, path_keys
 from acmix.errors import UserError
 from acmix.paths import expand_path, missing_path_hint
 
-BASE = "model: {name: test}\ndata: {dataset: digits}\nschedule: {epochs: 3}\n"
+BASE = "model: {name: test}\ndata: {dataset: folder, root: images}\nschedule: {epochs: 3}\n"
 AWKWARD = [
     "runs/exp #2", "a: b", "{a", "{a: 1}", "[1, 2]", "*star", "&and", "!bang", "%percent", "@at", "`tick", "- dash",
     "? ask", "| bar", "> more", " leading", "trailing ", "123", "1e3", "0x10", "true", "no", "None", "2024-01-01",
