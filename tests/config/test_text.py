@@ -56,7 +56,7 @@ def test_every_key_of_text_takes_what_yaml_would_make_something_else_of(base: Pa
 
 def test_quotes_around_the_whole_and_null_keep_their_meaning(base: Path) -> None:
     for text, expected in (("null", None), ("", None), ('"null"', "null"), ("'#1'", "#1"), ('"a\\tb"', "a\tb")):
-        assert load_config(base, [f"data.root={text}"]).data.root == expected
+        assert load_config(base, [f"run.dir={text}"]).run.dir == expected
     assert load_config(base, ["model.kwargs.colour=#fff"]).model.kwargs == {"colour": "#fff"}
     assert "write 0.1" in refusal(base, "optimizer.lr=0.1 # fast")
 
