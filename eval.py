@@ -59,8 +59,8 @@ def evaluate_from(options: argparse.Namespace) -> int:
         data = dist.all_or_none(lambda: build_val(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
         width = dist.all_or_none(lambda: resolve_num_classes(config, data))
         model = dist.all_or_none(lambda: models.create_model(config.model.name, width, **kwargs))
-        dist.all_or_none(lambda: prove(model, config, width, dist))
         dist.all_or_none(lambda: load_weights(model, weights, str(path), models.load_official))
+        dist.all_or_none(lambda: prove(model, config, width, dist))
         confusion = Confusion(width, dist.device) if options.report else None
         observe = confusion.add if confusion else None
         metrics = evaluate(model, data, dist, config.precision, observe=observe)
