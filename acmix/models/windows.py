@@ -45,8 +45,8 @@ def resize_bias_table(table: Tensor, window_size: tuple[int, int], made_for: tup
     old = (math.isqrt(len(table)),) * 2 if made_for is None else (2 * made_for[0] - 1, 2 * made_for[1] - 1)
     if old[0] * old[1] != len(table):
         raise ValueError(
-            f"a table of {len(table)} position biases is not of a square window, and no other can be interpolated; "
-            "use the image size that it was made for"
+            f"a table of {len(table)} position biases is not that of a square window, and no other can be "
+            "interpolated; use the image size that it was made for"
         )
     heads = table.shape[1]
     maps = table.float().cpu().view(*old, heads).permute(2, 0, 1).contiguous()
