@@ -40,7 +40,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate_from(options: argparse.Namespace) -> int:
     """Build the model and the validation data and evaluate; returns the exit status."""
-    from acmix.checkpoint.atomic import write_atomically
     from acmix.config import load_config
     from acmix.engine.run_folder import find_config, trained_classes
 
@@ -49,14 +48,17 @@ def evaluate_from(options: argparse.Namespace) -> int:
     from acmix import models
     from acmix.checkpoint.weights import load_weights, pick_weights
     from acmix.data.loader import build_val, resolve_num_classes
-    from acmix.engine.confusion import Confusion, PartOfClasses, write_report
+    from acmix.engine.confusion import Confusion, PartOfClasses
     from acmix.engine.evaluate import evaluate
+    from acmix.engine.outputs import Outputs
     from acmix.engine.proof import memory_explained, prove
     from acmix.process.distributed import Distributed
     from acmix.process.environment import set_up_torch
 
+    outputs = Outputs(options.json, options.report)
     kwargs: dict[str, Any] = config.model.kwargs | {"image_size": config.data.size, "pretrained": False}
     with Distributed.start(config.run) as dist, memory_explained(config):
+        dist.on_main(outputs.prove)
         set_up_torch(config.run, dist.device)
         weights, classes = dist.all_or_none(lambda: pick_weights(path, options.weights))
         classes = classes or trained_classes(path)
@@ -75,16 +77,13 @@ def evaluate_from(options: argparse.Namespace) -> int:
 
         metrics = evaluate(model, data, dist, config.precision, observe=observe)
         counted = part.summary()
-        if confusion:
-            matrix = confusion.matrix(dist)
-            dist.on_main(lambda: write_report(options.report, matrix, data.classes, data.present))
+        matrix = confusion.matrix(dist) if confusion else None
         result = json.dumps(
             {"checkpoint": str(path), "model": config.model.name, **(metrics or {}), "classes": counted}
         )
-        if options.json:
-            dist.on_main(lambda: write_atomically(options.json, result + "\n"))
         if dist.is_main:
             print(result, flush=True)
+        dist.on_main(lambda: outputs.write(result, matrix, data.classes, data.present))
     return 0
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit status."""
-    with StopSignals() as signals:
-        return run_program(lambda: prepare(arguments, signals), signals)
+    signals = StopSignals()
+    return run_program(lambda: prepare(arguments, signals), signals)
 
 
 def prepare(arguments: Sequence[str] | None, signals: StopSignals) -> int:

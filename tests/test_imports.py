@@ -14,6 +14,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "acmix.errors": (),
     "acmix.paths": (),
     "acmix.config": (),
+    "acmix.config.__main__": ("acmix.config", "acmix.process"),
     "acmix.ops.reference": (),
     "acmix.ops.maps": (),
     "acmix.ops.implementations": ("acmix.ops.maps",),

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from acmix.checkpoint.atomic import replacing, write_atomically
-from acmix.errors import UserError
 from acmix.process.distributed import Distributed
 
 _MOST_LABELS = 40
@@ -106,11 +105,7 @@ def write_report(folder: Path, matrix: np.ndarray, classes: list[str], present: 
         row = report[name]
         values = f"{row['precision']:.4f},{row['recall']:.4f},{row['f1-score']:.4f},{int(row['support'])}"
         rows.append(f"{_quoted(name)},{values}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--report {folder}: cannot be written: {error.strerror}") from None
-    write_atomically(folder / "classes.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(folder / "classes.json", json.dumps(report, indent=2) + "\n", make_parents=True)
     write_atomically(folder / "classes.csv", "\n".join(rows) + "\n")
     with replacing(folder / "confusion.csv") as temporary:
         np.savetxt(temporary, matrix, fmt="%d", delimiter=",")
