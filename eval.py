@@ -11,8 +11,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from acmix.process.program import Arguments, run_program
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,39 +40,50 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate_from(options: argparse.Namespace) -> int:
     """Build the model and the validation data and evaluate; returns the exit status."""
-    from acmix.checkpoint.atomic import write_atomically
     from acmix.config import load_config
-    from acmix.engine.run_folder import find_config
+    from acmix.engine.run_folder import find_config, trained_classes
 
     path, config_path = find_config(options.checkpoint, options.config)
     config = load_config(config_path, options.overrides)
     from acmix import models
     from acmix.checkpoint.weights import load_weights, pick_weights
     from acmix.data.loader import build_val, resolve_num_classes
-    from acmix.engine.confusion import Confusion, write_report
+    from acmix.engine.confusion import Confusion, PartOfClasses
     from acmix.engine.evaluate import evaluate
+    from acmix.engine.outputs import Outputs
+    from acmix.engine.proof import memory_explained, prove
     from acmix.process.distributed import Distributed
     from acmix.process.environment import set_up_torch
 
-    with Distributed.start(config.run) as dist:
+    outputs = Outputs(options.json, options.report)
+    kwargs: dict[str, Any] = config.model.kwargs | {"image_size": config.data.size, "pretrained": False}
+    with Distributed.start(config.run) as dist, memory_explained(config):
+        dist.on_main(outputs.prove)
         set_up_torch(config.run, dist.device)
         weights, classes = dist.all_or_none(lambda: pick_weights(path, options.weights))
+        classes = classes or trained_classes(path)
         data = dist.all_or_none(lambda: build_val(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
         width = dist.all_or_none(lambda: resolve_num_classes(config, data))
-        model = dist.all_or_none(lambda: models.create_model(config.model.name, width, **config.model.kwargs))
+        model = dist.all_or_none(lambda: models.create_model(config.model.name, width, **kwargs))
         dist.all_or_none(lambda: load_weights(model, weights, str(path), models.load_official))
-        model.to(dist.device)
+        dist.all_or_none(lambda: prove(model, config, width, dist))
         confusion = Confusion(width, dist.device) if options.report else None
-        observe = confusion.add if confusion else None
+        part = PartOfClasses(data.present, width, dist)
+
+        def observe(logits: "Tensor", targets: "Tensor") -> None:
+            part.add(logits, targets)
+            if confusion:
+                confusion.add(logits, targets)
+
         metrics = evaluate(model, data, dist, config.precision, observe=observe)
-        if confusion:
-            matrix = confusion.matrix(dist)
-            dist.on_main(lambda: write_report(options.report, matrix, data.classes))
-        result = json.dumps({"checkpoint": str(path), "model": config.model.name, **(metrics or {})})
-        if options.json:
-            dist.on_main(lambda: write_atomically(options.json, result + "\n"))
+        counted = part.summary()
+        matrix = confusion.matrix(dist) if confusion else None
+        result = json.dumps(
+            {"checkpoint": str(path), "model": config.model.name, **(metrics or {}), "classes": counted}
+        )
         if dist.is_main:
             print(result, flush=True)
+        dist.on_main(lambda: outputs.write(result, matrix, data.classes, data.present))
     return 0
 
 

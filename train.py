@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit status."""
-    with StopSignals() as signals:
-        return run_program(lambda: prepare(arguments, signals), signals)
+    signals = StopSignals()
+    return run_program(lambda: prepare(arguments, signals), signals)
 
 
 def prepare(arguments: Sequence[str] | None, signals: StopSignals) -> int:
@@ -56,23 +56,29 @@ def train(config: "Config", choice: "RunChoice", signals: StopSignals, *, dry_ru
     from acmix.data.transforms import build_mixup
     from acmix.engine.dry_run import plan
     from acmix.engine.learner import Learner
+    from acmix.engine.proof import memory_explained, prove
+    from acmix.engine.run_folder import classes_to_keep
     from acmix.engine.session import Session
     from acmix.engine.trainer import Trainer
     from acmix.process.distributed import Distributed
     from acmix.process.environment import set_up_torch
 
     def build_model() -> "nn.Module":
-        model = models.create_model(config.model.name, resolve_num_classes(config, data), **config.model.kwargs)
-        if config.model.checkpoint is not None and snapshot is None:
-            start_from(model, config.model.checkpoint, models.load_official)
+        start, width = None if snapshot else config.model.checkpoint, resolve_num_classes(config, data)
+        kwargs = config.model.kwargs | ({"pretrained": False} if snapshot or start else {})  # their weights replace it
+        model = models.create_model(config.model.name, width, image_size=config.data.size, **kwargs)
+        prove(model, config, width, dist, training=True)
+        if start:
+            start_from(model, start, models.load_official)
         return model
 
-    with Distributed.start(config.run) as dist, Session(choice, config, dist) as session:
+    with Distributed.start(config.run) as dist, Session(choice, config, dist) as session, memory_explained(config):
         if not dry_run:
             signals.begin()
         set_up_torch(config.run, dist.device)
         snapshot = session.load()
-        data = dist.all_or_none(lambda: build_data(config, rank=dist.rank, world_size=dist.world_size))
+        classes = classes_to_keep(config, snapshot)
+        data = dist.all_or_none(lambda: build_data(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
         model = dist.all_or_none(build_model)
         mixing = build_mixup(config, data.num_classes)
         learner = dist.all_or_none(lambda: Learner(config, model, dist, data.train, mixing=mixing))

@@ -12,6 +12,12 @@ class UserError(Exception):
     """
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an exception says, in one line of at most `limit` characters; its type where it says nothing."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 class MissingPackageError(UserError, ImportError):
     """A package of the extra `acmix[train]` is not installed."""
 

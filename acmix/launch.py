@@ -2,29 +2,37 @@
 
 torchrun itself ends with status 1 whatever its workers end with, and is killed by SIGUSR1, which batch systems send.
 This passes SIGUSR1 on to the workers like SIGTERM, and ends as they do: with 0, 75 (stopped by a signal, saved, start
-me again), 2 or 1. Everything else is torchrun's: options, restarts, several machines.
+me again), 2 or 1. Signals that it is started with ignored (nohup) stay so. Everything else is torchrun's: options,
+restarts, several machines.
 """
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from acmix.process.program import DONE, FAILED, STATUS_FOLDER
+from acmix.process.program import DONE, FAILED, STATUS_FOLDER, run_program
 
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun in this process; returns the exit status of the run."""
+    return run_program(lambda: launch(arguments))
+
+
+def launch(arguments: Sequence[str] | None) -> int:
+    """Let torchrun start the workers and wait for them; returns the exit status they agree on."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     given = sys.argv[1:] if arguments is None else list(arguments)
-    options = run.parse_args(["--signals-to-handle", _SIGNALS, *given])
+    heard = [number.name for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    options = run.parse_args(["--signals-to-handle", ",".join(heard), *given])
     with tempfile.TemporaryDirectory(prefix="acmix-launch-") as folder:
         os.environ[STATUS_FOLDER] = folder
         try:
@@ -34,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if status == FAILED:
                 print(f"acmix.launch: {stop}", file=sys.stderr, flush=True)
             return status
+        finally:
+            del os.environ[STATUS_FOLDER]
     return DONE
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from acmix.checkpoint.atomic import prove_writable
 from acmix.errors import UserError
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
+from acmix.process.program import Arguments, run_program
 from benchmarks.cases import DTYPES, Case, Setting, build_case, is_authors
 from benchmarks.measure import MODES, Result, measure
 from benchmarks.report import machine_row, table, write_json, write_page
@@ -24,22 +26,23 @@ def run(description: str, out: Path, arguments: Sequence[str] | None = None) -> 
 
     Returns the exit status: 1 if an implementation failed parity and was not timed, 2 for bad usage.
     """
-    options = _parser(description, out).parse_args(arguments)
-    try:
-        device = suite_device(options.device)
-        torch.set_num_threads(options.threads)
-        if options.suite:
-            return _run_suite(options, device)
-        if not options.subjects:
-            raise UserError("name a model or block, such as acmix_resnet26 or block:64x56, or --suite")
-        return _run_comparison(options, device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_program(lambda: _run(_parser(description, out).parse_args(arguments)))
 
 
-def _parser(description: str, out: Path) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _run(options: argparse.Namespace) -> int:
+    device = suite_device(options.device)
+    torch.set_num_threads(options.threads)
+    if options.suite:
+        return _run_suite(options, device)
+    if not options.subjects:
+        raise UserError("name a model or block, such as acmix_resnet26 or block:64x56, or --suite")
+    return _run_comparison(options, device)
+
+
+def _parser(description: str, out: Path) -> Arguments:
+    parser = Arguments(
+        prog="benchmark.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("subjects", nargs="?", metavar="SUBJECT[,SUBJECT...]", help="models, blocks or operations to time")
     add("--against", metavar="SUBJECT", help="what times are divided by, timed in turn with the rest")
@@ -75,10 +78,7 @@ def _positive(text: str) -> int:
 
 
 def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
-    try:
-        options.out.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {options.out}: {error.strerror}") from None
+    prove_writable("--out", options.out, folder=True)
     machine = machine_row(device)
     suite = Suite(device, options.authors, options.seconds)
     rows = run_targets(suite, lambda line: print(line, flush=True))
@@ -89,6 +89,8 @@ def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def _run_comparison(options: argparse.Namespace, device: torch.device) -> int:
+    if options.json:
+        prove_writable("--json", options.json)
     machine = machine_row(device)
     setting = Setting(
         device,

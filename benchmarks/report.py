@@ -75,7 +75,7 @@ def machine_row(device: torch.device) -> dict[str, Any]:
 
 def write_json(data: dict[str, Any], path: Path) -> None:
     """Replace a file as a whole; raises UserError when it cannot be written."""
-    write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n", make_parents=True)
 
 
 def write_page(folder: Path) -> None:
@@ -83,7 +83,7 @@ def write_page(folder: Path) -> None:
     parts = [_PREFACE]
     for device, name in _DEVICES.items():
         path = folder / f"results-{device}.json"
-        data = json.loads(path.read_text()) if path.exists() else None
+        data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         parts.append(f"## {name}\n")
         parts.append(_section(data) if data else _not_measured(device))
     write_atomically(folder / "RESULTS.md", "\n".join(parts))

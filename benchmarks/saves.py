@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from acmix import models
+from acmix.checkpoint.atomic import prove_writable
 from acmix.checkpoint.snapshot import Snapshot
 from acmix.checkpoint.store import CheckpointStore
+from acmix.errors import UserError
 from acmix.process.program import Arguments, run_program
 from benchmarks.report import machine_row
 
@@ -40,6 +42,11 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--saves", type=int, default=15, metavar="N", help="number of saves")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="disk to save to (default: the temporary folder)")
     options = parser.parse_args(arguments)
+    if options.saves < 2:
+        raise UserError(f"--saves: must be at least 2, got {options.saves}")
+    if options.folder is not None:
+        prove_writable("--folder", options.folder, folder=True)
+        options.folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     network = models.create_model(options.model).to(device)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -9,10 +9,9 @@ once, at the copy bandwidth measured here. Exit status: 1 if a candidate gave a 
 """
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acmix.checkpoint.atomic import prove_writable
+from acmix.errors import UserError
 from acmix.ops import reference
 from acmix.ops.implementations import Window
 from acmix.ops.local_attention.triton.launch import Geometry
 from acmix.ops.local_attention.triton.tiles import Budget, Surroundings, forced_tile, shape_tile
-from benchmarks.report import machine_row
+from acmix.process.program import FAILED, Arguments, run_program
+from benchmarks.report import machine_row, write_json
 from benchmarks.roofline import measure_roofline
 
 SHAPES = ((16, 56), (32, 28), (64, 14), (128, 7))  # head width, side of the map; 4 heads
@@ -186,22 +188,34 @@ def describe_row(row: dict[str, Any]) -> str:
     return f"{head} default {figure(row['default'])} | best {figure(row['best'])} | {tail}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run_program(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Sweep as the command line says; returns the exit status."""
+    parser = Arguments(
+        prog="python -m benchmarks.tune_triton",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--seconds", type=float, default=150.0, help="time for the whole sweep, about")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every candidate there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("error: PyTorch sees no CUDA device here; the sweep needs one", file=sys.stderr)
-        return 2
+        raise UserError("PyTorch sees no CUDA device here; the sweep needs one")
+    if options.json:
+        prove_writable("--json", options.json)
     print("tiles as height/width/slots/warps/stages")
     rows = sweep(options.batch_size, options.dtype, options.seconds)
     if options.json:
         machine = machine_row(torch.device("cuda"))
-        options.json.write_text(json.dumps({"machine": machine, "dtype": options.dtype, "rows": rows}, indent=1) + "\n")
-    return 1 if any(str(tried["result"]).startswith("wrong") for row in rows for tried in row["tried"]) else 0
+        write_json({"machine": machine, "dtype": options.dtype, "rows": rows}, options.json)
+    wrong = any(str(tried["result"]).startswith("wrong") for row in rows for tried in row["tried"])
+    return FAILED if wrong else 0
 
 
 if __name__ == "__main__":

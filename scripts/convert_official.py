@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from acmix import models
-from acmix.checkpoint.atomic import replacing
+from acmix.checkpoint.atomic import prove_writable, replacing
 from acmix.checkpoint.untrusted import load_state_dict_file
 from acmix.errors import UserError
 from acmix.process.program import Arguments, run_program
@@ -46,7 +46,7 @@ def convert(arguments: Sequence[str] | None) -> int:
         models.load_official(model, weights)
     except ValueError as error:
         raise UserError(f"{options.source}: {error}") from error
-    with replacing(options.out) as temporary:
+    with replacing(options.out, make_parents=True) as temporary:
         save_file(model.state_dict(), temporary, metadata={"format": "pt"})
     print(f"Wrote {options.out}: {options.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
     return 0
@@ -56,12 +56,9 @@ def check_output(out: Path, *, force: bool) -> None:
     """Refuse, before any work, an output that could not or should not be written; raises UserError."""
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: the name must end in .safetensors")
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: the folder {out.parent} does not exist")
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder")
-    if out.exists() and not force:
+    if out.is_file() and not force:
         raise UserError(f"{out}: exists already; choose another name, or overwrite it with --force")
+    prove_writable("OUT", out)
 
 
 if __name__ == "__main__":

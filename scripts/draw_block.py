@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from acmix.errors import UserError
+from acmix.checkpoint.atomic import write_atomically
 from acmix.process.program import Arguments, run_program
 
 DEFAULT = Path(__file__).resolve().parents[1] / "docs" / "block.svg"
@@ -32,11 +32,7 @@ def write(arguments: Sequence[str] | None) -> int:
     """Write the drawing. Raises UserError for bad usage or a file that cannot be written."""
     parser = Arguments(prog="draw_block.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=DEFAULT, metavar="OUT.svg", help="file to write")
-    out = parser.parse_args(arguments).out
-    try:
-        out.write_text(draw(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    write_atomically(parser.parse_args(arguments).out, draw(), make_parents=True)
     return 0
 
 

@@ -14,15 +14,21 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from acmix.checkpoint.atomic import replacing
+from acmix.checkpoint.atomic import prove_writable, replacing
 from acmix.errors import UserError
+from acmix.process.program import Arguments, run_program
 from acmix.telemetry.history import common_end, read_runs
 from acmix.telemetry.plot import STYLE, describe, draw, layout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for bad usage or input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return run_program(lambda: plot(arguments))
+
+
+def plot(arguments: Sequence[str] | None) -> int:
+    """Read the runs and write the picture. Raises UserError."""
+    parser = Arguments(prog="plot_paths.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folder, the one that holds metrics.jsonl"
     )
@@ -30,13 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--probe", default="paths", metavar="NAME", help="whose rows to draw (paths)")
     parser.add_argument("--title", help="headline; by default the model and the number of runs")
     options = parser.parse_args(arguments)
-    try:
-        check_output(options.out)
-        runs = read_runs(options.runs, options.probe)
-        save(draw(runs, options.title), options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_output(options.out)
+    runs = read_runs(options.runs, options.probe)
+    save(draw(runs, options.title), options.out)
     shown = f"{describe(runs)}, {len(runs[0].layers)} {layout(runs[0]).unit}s, up to step {common_end(runs):.0f}"
     print(f"Wrote {options.out}: {shown}")
     return 0
@@ -46,16 +48,13 @@ def check_output(out: Path) -> None:
     """Refuse, before any work, a picture that could not be written; raises UserError."""
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out {out}: the name must end in .png, .svg or .pdf")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder")
+    prove_writable("--out", out)
 
 
 def save(figure: Figure, out: Path) -> None:
     """Write the picture whole or not at all; raises UserError when it cannot be written."""
     metadata = {"Date": None} if out.suffix.lower() == ".svg" else None
-    with replacing(out) as temporary, matplotlib.rc_context(STYLE):
+    with replacing(out, make_parents=True) as temporary, matplotlib.rc_context(STYLE):
         figure.savefig(temporary, dpi=160, metadata=metadata)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from acmix.checkpoint.atomic import write_atomically
+from acmix.checkpoint.atomic import prove_writable, write_atomically
 from acmix.errors import UserError
 from acmix.process.environment import describe_machine
 from acmix.process.program import Arguments, run_program
@@ -52,6 +52,11 @@ def run(arguments: Sequence[str] | None) -> int:
             raise UserError("--no-run needs --report FILE, with the counts of an earlier run")
         write_table(options.report)
         return 0
+    _split_document()
+    prove_writable("the table's file", DOCUMENT)
+    if options.report is not None:
+        prove_writable("--report", options.report)
+        options.report.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         counts = options.report or Path(folder) / "drills.jsonl"
         counts.unlink(missing_ok=True)
@@ -68,14 +73,19 @@ def run(arguments: Sequence[str] | None) -> int:
 
 def write_table(counts: Path) -> None:
     """Replace the table in docs/RELIABILITY.md. Raises UserError if the lines around it are missing."""
+    before, after = _split_document()
+    rows = [json.loads(line) for line in counts.read_text(encoding="utf-8").splitlines()]
+    write_atomically(DOCUMENT, f"{before}{BEGIN}\n\n{render(rows)}\n\n{provenance()}\n\n{END}{after}")
+    print(f"Wrote {len({row['drill'] for row in rows})} drills to {DOCUMENT.relative_to(ROOT)}")
+
+
+def _split_document() -> tuple[str, str]:
+    """What stands before the table and after it."""
     text = DOCUMENT.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise UserError(f"{DOCUMENT}: the lines {BEGIN} and {END} that hold the table's place are missing")
-    rows = [json.loads(line) for line in counts.read_text(encoding="utf-8").splitlines()]
     before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_atomically(DOCUMENT, f"{before}{BEGIN}\n\n{render(rows)}\n\n{provenance()}\n\n{END}{after}")
-    print(f"Wrote {len({row['drill'] for row in rows})} drills to {DOCUMENT.relative_to(ROOT)}")
+    return before, rest.partition(END)[2]
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from acmix.models import create_model
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
 model: {name: test_resnet}
@@ -123,3 +125,44 @@ def test_bad_input_is_refused(run_dir: Path, evaluate: Evaluate, tmp_path: Path)
     assert_refused(evaluate("--checkpoint", "other.safetensors", *config), "other.safetensors", "do not fit")
     file = run_dir / "checkpoints" / "last" / "model.safetensors"
     assert_refused(evaluate("--checkpoint", file, "--weights", "ema"), "ema")
+
+
+def test_home_and_variables_in_paths_are_expanded(
+    run_dir: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(run_dir.parent))
+    monkeypatch.setenv("NEW", "written")
+    outcome = evaluate("--checkpoint", "~/run", "--json", "$NEW.json", "--report", "${NEW}_report")
+    assert json.loads(Path("written.json").read_text()) == outcome.result
+    assert any(Path("written_report").iterdir())
+    assert_refused(evaluate("--checkpoint", "$NOT_SET_HERE/run"), "--checkpoint", "NOT_SET_HERE")
+    assert_refused(evaluate("--checkpoint", "~/rum"), f"nearest: {run_dir}")
+    assert_refused(evaluate("--checkpoint", "hf-hub:timm/resnet18"), "download")
+
+
+SWIN = """
+model: {name: acmix_swin_tiny, kwargs: {embed_dim: 8, heads: [1, 2, 2, 4], patch_size: 2, in_chans: 1}}
+data: {dataset: digits, image_size: [16, 24], batch_size: 16, val_batch_size: 120, num_workers: 0}
+schedule: {epochs: 1, steps: 1}
+"""
+
+
+def test_a_swin_on_grey_images_is_evaluated_at_the_size_it_was_built_for(evaluate: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "swin.yaml").write_text(SWIN)
+    main = runpy.run_path(str(ROOT / "train.py"))["main"]
+    assert main(["--config", "swin.yaml", "run.dir=run"]) == 0
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    [logged] = [row for row in rows if row["event"] == "eval"]
+    assert evaluate("--checkpoint", "run").result["loss"] == logged["loss"]
+    assert_refused(evaluate("--checkpoint", "run", "data.image_size=48"), "image size that it was made for")
+    contradiction = evaluate("--checkpoint", "run", "data.image_size=48", "model.kwargs.img_size=[16,24]")
+    assert_refused(contradiction, "model.kwargs.img_size", "data.image_size")
+
+
+def test_images_that_the_model_cannot_take_are_refused(evaluate: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "vit.yaml").write_text(CONFIG.replace("test_resnet", "test_vit, kwargs: {img_size: 32}"))
+    save_file(create_model("test_vit", 10, img_size=32).state_dict(), tmp_path / "vit.safetensors")
+    options = ("--checkpoint", "vit.safetensors", "--config", "vit.yaml", "--json", "result.json")
+    assert_refused(evaluate(*options), "model.kwargs.img_size=24", "data.image_size=32", "Input height (24)")
+    assert not Path("result.json").exists()
+    assert evaluate(*options, "data.image_size=32").result["count"] == 360

@@ -1,6 +1,7 @@
 """train.py's command line: bad input is refused with one message, good input leaves what the contract says."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from acmix.engine.lock import RunLock
 from acmix.engine.run_folder import launcher_id
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +121,32 @@ def test_bad_value_is_refused(arguments: list[str], parts: list[str], train: Tra
     assert_refused(train(*arguments), *parts)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["model.name=acmix_resnet26", "--dry-run"], ["data.image_size", "model.kwargs.stem=cifar"]),
+        (["model.name=acmix_resnet26"], ["data.image_size", "24 × 24", "too small", "model.kwargs.stem=cifar"]),
+        (["model.name=test_vit"], ["model.kwargs.img_size=24", "data.image_size=160", "Input height (24)"]),
+        (["model.name=levit_128s"], ["data.image_size=224"]),
+        (["model.kwargs.global_pool=''"], ["model.kwargs.global_pool"]),
+        (["model.kwargs.in_chans=4"], ["model.kwargs.in_chans", "RGB", "grey"]),
+        (["model.name=acmix_swin_tiny", "model.kwargs.img_size=32"], ["model.kwargs.img_size", "[24, 24]"]),
+        (
+            ["model.name=acmix_resnet26", "model.kwargs.pretrained=true"],
+            ["model.kwargs.pretrained", "model.checkpoint"],
+        ),
+        (["model.kwargs.pretrained=1"], ["model.kwargs.pretrained", "true or false"]),
+        (["model.kwargs.image_size=24"], ["model.kwargs.image_size", "data.image_size"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_the_model_cannot_take_is_refused_before_anything_is_created(
+    arguments: list[str], parts: list[str], train: Train
+) -> None:
+    assert_refused(train(*arguments, "run.dir=given"), *parts)
+    assert not Path("given").exists()
+
+
 def test_classes_that_differ_or_are_empty_are_refused(train: Train, tmp_path: Path) -> None:
     root = make_images(tmp_path / "data", {"train": ["ant", "bee"], "val": ["ant", "cow"]})
     folder = ["data.dataset=folder", f"data.root={root}"]
@@ -180,6 +208,46 @@ def test_folder_that_holds_a_run_is_refused_and_left_alone(train: Train) -> None
     assert {path: path.stat().st_mtime_ns for path in Path("given").rglob("*")} == before
 
 
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_a_run_that_made_no_update_leaves_its_folder_to_the_corrected_command(
+    resume: str, train: Train, tmp_path: Path
+) -> None:
+    root = make_images(tmp_path / "data", {"train": ["ant", "bee"], "val": ["ant", "bee"]}, count=16)
+    for file in (root / "train").rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:40])
+    folder = ["data.dataset=folder", "run.dir=given", "--resume", resume]
+    assert "unreadable image" in train(*folder, f"data.root={root}").err
+    assert json.loads(Path("given/summary.json").read_text())["status"] == "failed"
+    good = make_images(tmp_path / "given-images", {"train": ["cow", "dog"], "val": ["cow", "dog"]})
+    with RunLock(Path("given")):
+        assert "given" in (outcome := train(*folder, f"data.root={good}")).err
+        assert outcome.status == 2
+    assert train(*folder, f"data.root={good}").status == 0
+    rows = [json.loads(line) for line in Path("given/metrics.jsonl").read_text().splitlines()]
+    assert [row["config"]["data"]["root"] for row in rows if row["event"] == "start"] == [str(good)]
+    assert json.loads(Path("given/classes.json").read_text()) == ["cow", "dog"]
+    assert "already holds a run" in train("run.dir=given").err
+
+
+def test_a_config_that_no_run_wrote_is_not_overwritten(train: Train) -> None:
+    Path("given").mkdir()
+    Path("given/config.yaml").write_text(CONFIG)
+    assert "already holds a run" in train("run.dir=given").err
+    assert Path("given/config.yaml").read_text() == CONFIG
+
+
+def test_auto_prefers_a_run_with_updates_to_a_newer_one_without(train: Train) -> None:
+    assert train("run.checkpoint_every=1").status == 0
+    [run] = Path("runs/tiny").iterdir()
+    (run / "summary.json").unlink()
+    empty = run.with_name("99991231-235959")
+    empty.mkdir()
+    for name in (".lock", "config.yaml"):
+        (empty / name).write_text("")
+    assert str(run) in train("--resume", "auto").out
+    assert (empty / "config.yaml").read_text() == ""
+
+
 def test_auto_says_that_a_given_run_is_finished_and_begins_a_new_one_by_name(train: Train) -> None:
     assert train("--resume", "auto", "run.dir=given").status == 0
     outcome = train("--resume", "auto", "run.dir=given")
@@ -234,6 +302,46 @@ def test_training_starts_from_weights_with_a_classifier_of_its_own(train: Train,
     outcome = train("data.dataset=folder", f"data.root={root}", "model.checkpoint=given", "schedule.steps=1")
     assert outcome.status == 0, outcome.err
     assert "its classifier is for other classes" in outcome.err
+
+
+def test_grey_images_train_from_weights_for_colour(train: Train) -> None:
+    assert train("run.dir=given", "schedule.steps=1").status == 0
+    grey = ["model.kwargs.in_chans=1", "data.mean=0.5", "data.image_size=[24, 16]", "augment.color_jitter=0.4"]
+    outcome = train(*grey, "run.dir=data", "model.checkpoint=given", "schedule.steps=1")
+    assert outcome.status == 0, outcome.err
+    assert "given: its first convolution is for images of 3 channels; adapted to 1" in outcome.err
+    assert train(*grey, "run.dir=data", "model.checkpoint=given", "--resume", "auto").status == 0
+    assert "at 24 × 16 px" in train(*grey, "--dry-run").out
+
+
+PRETRAINED = """
+import os, runpy, sys
+from pathlib import Path
+main = runpy.run_path(sys.argv[1])["main"]
+assert main(["--config", "tiny.yaml", "model.kwargs.pretrained=true", "run.dir=run"]) == 2 and not Path("run").exists()
+from safetensors.torch import save_file
+from acmix import models
+weights = models.create_model("test_resnet.r160_in1k").state_dict()
+cache = Path(os.environ["HF_HOME"], "hub", "models--timm--test_resnet.r160_in1k")
+for folder in ("refs", "snapshots/0"):
+    (cache / folder).mkdir(parents=True)
+(cache / "refs" / "main").write_text("0")
+save_file(weights, cache / "snapshots" / "0" / "model.safetensors")
+model = models.create_model("test_resnet.r160_in1k", 7, pretrained=True, in_chans=1)
+summed = weights["conv1.0.weight"].sum(1, keepdim=True)
+assert model.get_parameter("conv1.0.weight").allclose(summed) and model.get_classifier().out_features == 7
+"""
+
+
+def test_pretrained_weights_are_used_where_they_are_and_explained_where_they_are_not(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PRETRAINED, str(ROOT / "train.py")]
+    answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr.count("error: ") == 1
+    for part in ("model.kwargs.pretrained", "huggingface.co/timm/test_resnet", "model.checkpoint=FILE"):
+        assert part in answer.stderr
 
 
 def test_refusals_do_not_wait_for_torch(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """File operations that survive a kill or a power cut at any instant, and the crash points that prove it."""
 
+import errno
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -26,18 +28,22 @@ def crash_point(name: str, save_number: int) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, make_parents: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with its suffix; the file written there then replaces `path` as a whole.
 
     A reader sees the file before or the new one, never half of it, even after a power cut. If the block raises, `path`
-    stays as it was. A device or a pipe, such as /dev/stdout, cannot be replaced and is written to directly.
+    stays as it was. What writers that were killed left beside it is removed. A device or a pipe, such as /dev/stdout,
+    cannot be replaced and is written to directly. With `make_parents`, folders that are missing are made.
     Raises UserError, naming `path` and the way out, for any OSError.
     """
-    temporary = path.parent / f".{path.stem}.{os.getpid()}{path.suffix}"
+    temporary = _temporary(path)
     try:
-        if path.exists() and not path.is_file():
+        if _is_device(path):
             yield path
             return
+        if make_parents:
+            _make_parents(path)
+        _clean_leftovers(path)
         yield temporary
         sync_file(temporary)
         os.replace(temporary, path)
@@ -50,10 +56,69 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file (UTF-8) as a whole; UserError as in `replacing`."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_atomically(path: Path, text: str, *, make_parents: bool = False) -> None:
+    """Replace a text file (UTF-8) as a whole; UserError as in `replacing`.
+
+    The bytes of a file name that are not UTF-8 are written as escapes, which JSON reads back.
+    """
+    with replacing(path, make_parents=make_parents) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def prove_writable(option: str, path: Path, *, folder: bool = False) -> None:
+    """Find out, before the work, whether its result can be written to `path`: a file, or a `folder` that gets files.
+
+    Makes the folders that are missing and writes a file there; leaves neither. Raises UserError, naming `option` (as on
+    the command line) and `path`, when that fails.
+    """
+    made: list[Path] = []
+    try:
+        if not folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if _is_device(path) and not folder:
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            return
+        trial = _temporary(path / "trial" if folder else path)
+        made = [parent for parent in trial.parents if not parent.exists()]
+        _make_parents(trial)
+        try:
+            trial.write_bytes(b" ")
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = f"{error.strerror or error}; make it writable or choose another place"
+        raise UserError(f"{option} {path}: cannot write there: {reason}") from None
+    finally:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _make_parents(path: Path) -> None:
+    with suppress(FileExistsError):  # a file in its place is reported by the write that follows: not a directory
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.stem}.{os.getpid()}{path.suffix}"
+
+
+def _is_device(path: Path) -> bool:
+    """Whether `path` is there but no file or folder of its own: a device, a pipe, or a descriptor such as /dev/stdout,
+    which leads to a file when output goes to one."""
+    if not path.exists():
+        return False
+    place = path.parent.resolve()
+    return not path.is_file() or place == Path("/dev") or place.is_relative_to("/proc")
+
+
+def _clean_leftovers(path: Path) -> None:
+    ours = re.compile(rf"\.{re.escape(path.stem)}\.(\d+){re.escape(path.suffix)}")
+    with suppress(OSError):  # a folder that cannot be listed can be written to
+        for name in os.listdir(path.parent):
+            match = ours.fullmatch(name)
+            if match and _is_dead(int(match.group(1))):
+                (path.parent / name).unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
@@ -103,8 +168,10 @@ def is_leftover_of_dead_process(name: str) -> bool:
     if not number.isdecimal():
         return False
     pid = int(number)
-    if pid == os.getpid():
-        return True
+    return pid == os.getpid() or _is_dead(pid)
+
+
+def _is_dead(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -8,6 +8,8 @@ from pathlib import Path
 from acmix.checkpoint.atomic import is_leftover_of_dead_process
 
 CHECKPOINTS = "checkpoints"
+ABANDONED = "abandoned"
+"""Folder in it for checkpoints later than the one a run went on from."""
 
 _STEP = re.compile(r"step_(\d{8,})")
 _OLD = re.compile(r"\.old-(step_\d{8,})-\d+")

@@ -25,7 +25,7 @@ from acmix.checkpoint.atomic import (
     sync_file,
     sync_folder,
 )
-from acmix.checkpoint.layout import CHECKPOINTS, clean_leftovers, list_checkpoints, step_name, step_of
+from acmix.checkpoint.layout import ABANDONED, CHECKPOINTS, clean_leftovers, list_checkpoints, step_name, step_of
 from acmix.checkpoint.manifest import (
     EMA_FILE,
     MANIFEST_NAME,
@@ -148,7 +148,7 @@ class CheckpointStore:
 
     def _rewind(self, step: int) -> None:
         later = [(number, path) for number, path in list_checkpoints(self.folder) if number > step]
-        shelf = self.folder / "abandoned"
+        shelf = self.folder / ABANDONED
         for number, path in sorted(later, reverse=True):
             shelf.mkdir(exist_ok=True)
             place, copy = shelf / step_name(number), 2

@@ -1,5 +1,6 @@
 """Weights from a run, a checkpoint or a file into a network: ours, timm's or the authors'."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from acmix.checkpoint.fit import fit_channels, fit_positions
 from acmix.checkpoint.read import resolve_weights
 from acmix.errors import UserError
+from acmix.paths import missing_path_hint
 
 Translate = Callable[[nn.Module, Mapping[str, Any]], None]
 Kind = Literal["auto", "ema", "raw"]
@@ -36,23 +39,33 @@ def pick_weights(path: str | Path, kind: Kind = "auto") -> Picked:
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, translate: Translate) -> None:
     """Load weights strictly; those of the authors' release go through `translate` (models.load_official).
 
+    Position tables for another size of image are interpolated by the model's family, and a line on stderr says so.
     Raises UserError listing what is missing, unexpected or of another shape.
     """
     try:
         if any(name.endswith(".rate1") for name in weights):
             translate(model, weights)
         else:
-            model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{source}: the weights do not fit {type(model).__name__}: {error}") from None
+            model.load_state_dict(fit_positions(model, weights, source))
+    except (RuntimeError, ValueError, LookupError, AssertionError, AttributeError, TypeError) as error:
+        way_out = _other_classes(model, weights)
+        raise UserError(f"{source}: the weights do not fit {type(model).__name__}: {error}{way_out}") from None
 
 
 def start_from(model: nn.Module, source: str, translate: Translate) -> None:
     """Initial weights (`model.checkpoint`): as load_weights, but a classifier for other classes is not loaded.
 
-    A warning on stderr then says so.
+    A first convolution for another number of channels is adapted. Warnings on stderr then say so. Raises UserError as
+    load_weights and pick_weights do.
     """
-    weights = pick_weights(source).weights
+    try:
+        weights = pick_weights(source).weights
+    except UserError:
+        if os.path.exists(source):
+            raise
+        expected = "give a run folder, a checkpoint or a weights file"
+        raise UserError(f"model.checkpoint: {source} does not exist; {expected}{missing_path_hint(source)}") from None
+    weights = fit_channels(model, weights, source)
     own = model.state_dict()
     head = _classifier_names(model, own)
     other = [name for name in head if name in weights and weights[name].shape != own[name].shape]
@@ -60,6 +73,18 @@ def start_from(model: nn.Module, source: str, translate: Translate) -> None:
         print(f"warning: {source}: its classifier is for other classes; this one starts new", file=sys.stderr)
         weights = {**weights, **{name: own[name] for name in head}}
     load_weights(model, weights, source, translate)
+
+
+def _other_classes(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """For a message: the classes of either side where only their number differs; else empty."""
+    own = model.state_dict()
+    other = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if not other or not set(other) <= set(_classifier_names(model, own)):
+        return ""
+    theirs, ours = len(weights[other[0]]), len(own[other[0]])
+    return (
+        f"\nThe weights are for {theirs} classes, the data has {ours}; name all {theirs}, in order: data.classes=FILE"
+    )
 
 
 def _classifier_names(model: nn.Module, names: Mapping[str, Tensor]) -> list[str]:

@@ -5,6 +5,9 @@ from acmix.config.schema import Config
 from acmix.config.yaml import KeyPath
 from acmix.errors import UserError
 
+_OWN_KEYS = {"name": "model.name", "num_classes": "model.num_classes", "image_size": "data.image_size"}
+"""Arguments of acmix.models.create_model that the config gives under another key."""
+
 
 def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
     """The key path of each contradiction in a config, and what is wrong."""
@@ -14,8 +17,12 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
         dataset = find_dataset(data.dataset)
     except UserError as error:
         return [(("data", "dataset"), str(error))]
-    if "num_classes" in config.model.kwargs:
-        found.append((("model", "kwargs", "num_classes"), "has a key of its own: model.num_classes"))
+    for name, own in _OWN_KEYS.items():
+        if name in config.model.kwargs:
+            found.append((("model", "kwargs", name), f"has a key of its own: {own}"))
+    if type(channels := config.model.in_chans) is not int or channels not in (1, 3):
+        text = f"{channels!r} channels: images are read as RGB, 3 channels, or as grey, 1; choose one of the two"
+        found.append((("model", "kwargs", "in_chans"), text))
     if schedule.warmup_epochs > schedule.epochs:
         text = f"{schedule.warmup_epochs:g} is more than schedule.epochs, {schedule.epochs}"
         found.append((("schedule", "warmup_epochs"), text))
@@ -25,6 +32,12 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
         found.append((("data", "root"), f"is required for the dataset {data.dataset}: the folder that holds the data"))
     if data.download and not dataset.can_download:
         found.append((("data", "download"), f"the dataset {data.dataset} cannot be downloaded; set it to false"))
+    if data.classes is not None and data.class_order is not None:
+        found.append(
+            (("data", "class_order"), f"data.classes, {data.classes}, gives the order already; keep one of them")
+        )
+    if data.labels and dataset.name != "folder":
+        found.append((("data", "labels"), f"is for the dataset folder; {data.dataset} holds the classes of its images"))
     for name, (low, high) in (("scale", augment.scale), ("ratio", augment.ratio)):
         if low > high:
             found.append((("augment", name), f"the smallest, {low:g}, is above the largest, {high:g}"))

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from acmix.config.hints import hint
 from acmix.config.yaml import KeyPath, dotted
 
 _SYNONYMS = {
@@ -98,9 +99,9 @@ def describe_errors(
 
 
 def _written_path(loc: tuple[str | int, ...], origins: Mapping[KeyPath, str]) -> KeyPath:
-    if loc[1:2] != ("kwargs",):
-        return loc
     path: KeyPath = loc[:2]
+    if path[1:] != ("kwargs",):
+        return (*path, *(part for part in loc[2:] if isinstance(part, int)))  # the rest names a member of a union
     for part in loc[2:]:  # pydantic puts the names of its own types between the keys here
         path = (*path, part) if (*path, part) in origins else path
     return path
@@ -115,18 +116,14 @@ def _complaint(schema: type[BaseModel], path: KeyPath, item: Any) -> str:
     if kind == "missing":
         return f"is required: {_description(_field(schema, path))}"
     if kind == "literal_error":
-        return f"must be one of {context['expected'].replace(' or ', ', ')}, got {_shown(given)}"
+        expected = context["expected"].replace(" or ", ", ")
+        return f"must be one of {expected}, got {_shown(given)}{hint(path, kind, given, _field(schema, path))}"
     info = _field(schema, path)
     if kind == "string_pattern_mismatch" and info.examples:
         expected = f"is not of a valid form, like {info.examples[0]}"
     else:
         expected = _EXPECTED.get(kind, item["msg"]).format(**context)
-    hint = ""
-    if given is None and not info.is_required():
-        hint = "; remove the key to keep its default"
-    elif kind in ("int_type", "float_type") and isinstance(given, str) and _is_number(given):
-        hint = "; write it without quotes"
-    return f"{expected}, got {_shown(given)}{hint}"
+    return f"{expected}, got {_shown(given)}{hint(path, kind, given, info)}"
 
 
 def _field(schema: type[BaseModel], path: KeyPath) -> FieldInfo:
@@ -147,11 +144,3 @@ def _shown(value: object) -> str:
         return "null"
     text = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     return f"{text} ({_KINDS.get(type(value), type(value).__name__)})"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

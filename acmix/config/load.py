@@ -8,20 +8,28 @@ from pydantic import ValidationError
 
 from acmix.config.contradictions import contradictions
 from acmix.config.errors import describe_errors, unknown_override
+from acmix.config.kinds import is_path, is_text, path_keys, takes_null
 from acmix.config.schema import Config
-from acmix.config.yaml import KeyPath, read_yaml
+from acmix.config.yaml import Document, KeyPath, read_yaml
 from acmix.errors import UserError
+from acmix.paths import expand_path
 
 COMMAND_LINE = "command line"
+_NULLS = ("", "null", "Null", "NULL", "~")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config and apply `KEY.PATH=VALUE` overrides, whose values are read as YAML too.
+    """Read a YAML config and apply `KEY.PATH=VALUE` overrides.
+
+    A VALUE for a key that takes text is that text, whatever YAML would make of it. Quotes around the whole of it may
+    still be given, and `null` stands for null where the key takes it. Other values are read as YAML, but `#` begins no
+    comment. Paths come back with `~` and `$VARIABLES` replaced.
 
     Raises UserError naming the file (or the command line), the line, the key path and what would be valid.
     """
+    path = Path(expand_path(str(path), "--config"))
     source = str(path)
-    document = read_yaml(_read_text(Path(path)), source)
+    document = read_yaml(_read_text(path), source)
     values = {} if document.values is None else document.values
     if not isinstance(values, dict):
         raise UserError(f"{source}: a config is a mapping of sections, e.g. `model:` with `name: ...` below it")
@@ -29,10 +37,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(values, override, origins)
     config = _validate(values, source, origins)
+    for section, key in path_keys(Config):
+        if (text := getattr(getattr(config, section), key)) is not None:
+            where = origins.get((section, key), source)
+            config = _with(config, section, key, expand_path(text, f"{where}: {section}.{key}"))
     if config.run.name is None:
-        name = Path(path).stem.lstrip(".") or "config"
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+        config = _with(config, "run", "name", path.stem.lstrip(".") or "config")
     return config
+
+
+def _with(config: Config, section: str, key: str, value: str) -> Config:
+    changed = getattr(config, section).model_copy(update={key: value})
+    return config.model_copy(update={section: changed})
 
 
 def _read_text(path: Path) -> str:
@@ -60,13 +76,41 @@ def _apply_override(values: dict[str, Any], override: str, origins: dict[KeyPath
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             raise UserError(f"{COMMAND_LINE}: {key}: {part} is not a mapping in the config file; set it as a whole")
-    document = read_yaml(text, f"{COMMAND_LINE}: {key}")
+    document = _read_value(text, key_path, f"{COMMAND_LINE}: {key}")
     target[key_path[-1]] = document.values
     for replaced in [path for path in origins if path[: len(key_path)] == key_path]:
         del origins[replaced]
     for depth in range(1, len(key_path)):
         origins.setdefault(key_path[:depth], COMMAND_LINE)
     origins.update({(*key_path, *below): COMMAND_LINE for below in [(), *document.lines]})
+
+
+def _read_value(text: str, key_path: KeyPath, where: str) -> Document:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {text!r} is not text in UTF-8") from None
+    section = Config.model_fields[str(key_path[0])].annotation
+    annotation = section.model_fields[str(key_path[1])].annotation  # type: ignore[union-attr]
+    if not is_text(annotation):
+        document = read_yaml(text, where)
+        return document if document.whole else Document(text)
+    if text.startswith("!!"):  # a tag of YAML, which is refused or names the type of what follows
+        return read_yaml(text, where)
+    if takes_null(annotation) and text in _NULLS and not (text == "~" and is_path(annotation)):
+        return Document(None)
+    return Document(_unquoted(text))
+
+
+def _unquoted(text: str) -> str:
+    """The text without the quotes around the whole of it, if YAML reads it as quoted."""
+    if len(text) < 2 or text[0] not in "\"'" or text[-1] != text[0]:
+        return text
+    try:
+        document = read_yaml(text, COMMAND_LINE)
+    except UserError:
+        return text
+    return document.values if document.whole and isinstance(document.values, str) else text
 
 
 def _validate(values: dict[str, Any], source: str, origins: dict[KeyPath, str]) -> Config:

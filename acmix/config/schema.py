@@ -1,11 +1,14 @@
 """The schema of a run: every key a config file may hold, section by section."""
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from acmix.config.image_values import ImageSize, Mean, Probability, Share, Std
+from acmix.config.kinds import IS_PATH, path_keys
 from acmix.config.yaml import write_yaml
+from acmix.paths import escape_path
 
 _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**63 - 1
@@ -15,16 +18,13 @@ Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
 NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, IS_PATH]
 RunName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$", max_length=200)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
 AutoAugment = Annotated[str, Field(pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+[0-9]*(\.[0-9]+)?)*$")]
 Pair = Annotated[tuple[AboveZero, AboveZero], Field(strict=False)]
 Betas = Annotated[tuple[BelowOne, ...], Field(strict=False, min_length=2, max_length=3)]
-Mean = Annotated[tuple[Probability, Probability, Probability], Field(strict=False)]
-Std = Annotated[tuple[Share, Share, Share], Field(strict=False)]
 
 
 class _Section(BaseModel):
@@ -45,8 +45,14 @@ class ModelConfig(_Section):
     kwargs: dict[str, JsonValue] = {}
     """Further keyword arguments of the model, e.g. {stem: cifar}."""
 
-    checkpoint: Text | None = None
+    checkpoint: PathText | None = None
     """Weights to start from: a run folder, a checkpoint or a weights file."""
+
+    @property
+    def in_chans(self) -> Any:
+        """Channels of the images, as kwargs say; 3 unless given."""
+        given = self.kwargs.get("in_chans")
+        return 3 if given is None else given
 
 
 class DataConfig(_Section):
@@ -55,7 +61,7 @@ class DataConfig(_Section):
     dataset: Text
     """digits, cifar10, cifar100, folder, tar, wds/NAME, torch/NAME, hfds/NAME, or a registered dataset."""
 
-    root: Text | None = None
+    root: PathText | None = None
     """Folder (or file) that holds the data; not needed for digits."""
 
     train_split: Text = "train"
@@ -64,8 +70,17 @@ class DataConfig(_Section):
     val_split: Text = "val"
     """Validation split; for folder, a subfolder of root."""
 
-    image_size: Annotated[int, Field(ge=1, le=65535)] = 224
-    """Height and width, pixels."""
+    class_order: Literal["sorted", "natural"] | None = None
+    """Order of classes: sorted as text, or natural (timm's); null: sorted for folder, tar, wds/, else as published."""
+
+    classes: PathText | None = None
+    """File that names all classes in order, one a line or a JSON list; null: those of the training data."""
+
+    labels: PathText | None = None
+    """For folder: file with the classes of images that lie in no class folders; {split} in it: train or val."""
+
+    image_size: ImageSize = 224
+    """Side of a square image, or [height, width]; pixels."""
 
     batch_size: Positive = 128
     """Images per process and forward pass in training."""
@@ -80,10 +95,10 @@ class DataConfig(_Section):
     """Download missing data (cifar10, cifar100, torch/NAME)."""
 
     mean: Mean | None = None
-    """Mean of R, G, B in 0..1; null: that of the dataset."""
+    """Mean of R, G, B in 0..1, or one number for all (or for grey images); null: that of the dataset."""
 
     std: Std | None = None
-    """Standard deviation of R, G, B; null: that of the dataset."""
+    """Standard deviation, in the same form; null: that of the dataset."""
 
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
     """How images are resized."""
@@ -105,6 +120,11 @@ class DataConfig(_Section):
 
     pin_memory: bool | None = None
     """Batches in page-locked memory; null: only with CUDA."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
 class AugmentConfig(_Section):
@@ -257,7 +277,7 @@ class EmaConfig(_Section):
 class RunConfig(_Section):
     """Output folder, device, logging, checkpoints."""
 
-    dir: Text | None = None
+    dir: PathText | None = None
     """Folder of the run; null: runs/NAME/DATE-TIME."""
 
     name: RunName | None = Field(default=None, examples=["try-1"])
@@ -320,8 +340,15 @@ class Config(_Section):
     run: RunConfig = RunConfig()
 
     def dump(self) -> str:
-        """The whole config, defaults included, as YAML that loads back to an equal Config."""
-        return write_yaml(self.model_dump(mode="json"))
+        """The whole config, defaults included, as YAML that `load_config` reads back to an equal Config.
+
+        Paths stand in it as the run uses them, with `~` and variables replaced; a `$` in one is written `$$`.
+        """
+        values = self.model_dump(mode="json")
+        for section, key in path_keys(type(self)):
+            if values[section][key] is not None:
+                values[section][key] = escape_path(values[section][key])
+        return write_yaml(values)
 
 
 def json_schema() -> str:

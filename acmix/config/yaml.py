@@ -28,10 +28,14 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (  # tag, pattern, first characters
 
 @dataclass
 class Document:
-    """The values of one YAML text and the line (from 1) on which each key path begins."""
+    """The values of one YAML text, the line (from 1) on which each key path begins, and whether they are all of it.
+
+    whole: False where the text has more than the values: a comment, or a marker of a document.
+    """
 
     values: Any
     lines: dict[KeyPath, int] = field(default_factory=dict)
+    whole: bool = True
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,6 +81,8 @@ def read_yaml(text: str, source: str) -> Document:
         document = Document(None)
         if node is not None:
             document.values = _value(node, (), source, document.lines)
+        written = "" if node is None else text[node.start_mark.index : node.end_mark.index]
+        document.whole = written.strip() == text.strip()
         return document
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

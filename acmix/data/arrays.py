@@ -9,6 +9,7 @@ from PIL import Image
 from acmix.config import DataConfig
 from acmix.data.datasets import data_root
 from acmix.data.download import download_lock
+from acmix.data.folders import from_where
 from acmix.errors import UserError
 
 _TRAIN_NAMES = ("train", "training")
@@ -77,7 +78,9 @@ def open_cifar(data: DataConfig, split: str) -> ArraySource:
                 dataset = maker(str(root), train=train, download=data.download)
         except (RuntimeError, OSError, EOFError) as error:
             way_out = "check the connection and the disk" if data.download else "set data.download=true to fetch it"
-            raise UserError(f"{root}: {data.dataset} not found or damaged; {way_out} ({error})") from None
+            raise UserError(
+                f"{root}: {data.dataset} not found or damaged; {way_out} ({error}){from_where(root)}"
+            ) from None
     return ArraySource(f"{data.dataset}/{split}", dataset.data, np.asarray(dataset.targets), list(dataset.classes))
 
 

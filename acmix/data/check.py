@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from acmix.data.folders import is_image_name
+from acmix.data.classes import likely_meant, loose_name, places_in
+from acmix.data.folders import FolderId, folder_id, folders_above, is_folder, is_image_name, is_lost_folder, is_text
 from acmix.data.images import BadImage, decode_image, is_sixteen_bit, open_image, read_image_file
 from acmix.errors import UserError
 
@@ -31,7 +32,8 @@ class Problem:
 
     Kinds of files: truncated, empty, not_image, bomb, corrupt, unreadable (fatal); misnamed, cmyk, 16bit,
     duplicate, stray, hidden_file, and not_image for a file that training ignores (harmless).
-    Kinds of folders: empty_class, hidden_folder, class_mismatch, no_classes (fatal).
+    Kinds of folders: empty_class, hidden_folder, class_mismatch (of validation alone), no_classes, link_loop,
+    dead_link, bad_name (fatal); not_validated (of training alone), similar_classes (harmless).
     """
 
     path: str
@@ -118,35 +120,76 @@ def _survey(split: Path, problems: list[Problem]) -> tuple[list[str], set[str]]:
     """Images and class names of a split; reports what is wrong with its folders."""
     images: list[str] = []
     classes = set()
+    walk = _Walk(problems)
+    above = folders_above(split) | {folder_id(split)}
     for entry in _entries(split, problems):
-        if not entry.is_dir():
-            kind = "hidden_file" if entry.name.startswith(".") else "stray"
-            problems.append(Problem(entry.path, kind, False, "outside the class folders; training does not see it"))
+        if not is_folder(entry):
+            problems.append(_not_seen(entry, "stray", "outside the class folders"))
         elif entry.name.startswith("."):
             problems.append(Problem(entry.path, "hidden_folder", True, "would be taken for a class; remove it"))
         else:
             classes.add(entry.name)
-            found = list(_images_below(entry.path, problems))
+            if not is_text(entry.name):
+                problems.append(Problem(entry.path, "bad_name", True, "the name of a class must be UTF-8; rename it"))
+            before = len(problems)
+            found = list(walk.images_below(Path(entry.path), above))
             images += found
-            if not found:
+            if not found and not any(problem.kind == "link_loop" for problem in problems[before:]):
                 problems.append(Problem(entry.path, "empty_class", True, "a class folder without images"))
     if not classes:
         problems.append(Problem(str(split), "no_classes", True, "no class folders"))
+    problems += _similar(split, classes)
     return images, classes
 
 
-def _images_below(folder: str, problems: list[Problem]) -> Iterator[str]:
-    for entry in _entries(Path(folder), problems):
-        if entry.is_dir():
-            if entry.name.startswith("."):
-                problems.append(Problem(entry.path, "hidden_folder", True, "inside a class; remove it"))
+def _not_seen(entry: os.DirEntry[str], kind: str, where: str) -> Problem:
+    """What to say of an entry that training passes over, or stops at because it is a link to a folder that is gone."""
+    if is_lost_folder(entry):
+        return Problem(entry.path, "dead_link", True, f"a link to {os.readlink(entry.path)}, which does not exist")
+    kind = "hidden_file" if entry.name.startswith(".") else kind
+    return Problem(entry.path, kind, False, f"{where}; training does not see it")
+
+
+def _similar(split: Path, classes: set[str]) -> Iterator[Problem]:
+    first: dict[str, str] = {}
+    for name in sorted(classes):
+        twin = first.setdefault(loose_name(name), name)
+        if twin != name:
+            detail = f"differs from the class {twin!r} in case, spaces or Unicode form only"
+            yield Problem(str(split / name), "similar_classes", False, detail)
+
+
+class _Walk:
+    """Finds the images below folders and reports what is wrong on the way, each loop of links once."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self._problems = problems
+        self._loops: set[frozenset[FolderId]] = set()
+
+    def images_below(self, folder: Path, above: frozenset[FolderId], way: tuple[FolderId, ...] = ()) -> Iterator[str]:
+        """Paths of the images; `above` are all folders on the way to this one, `way` those since the class folder."""
+        try:
+            here = folder_id(folder)
+        except OSError as error:
+            self._problems.append(Problem(str(folder), "unreadable", True, error.strerror or str(error)))
+            return
+        if here in above:
+            loop = frozenset(way[way.index(here) :] if here in way else (here,))
+            if loop not in self._loops:
+                detail = f"a link back to a folder it lies in ({folder.resolve()}); remove it"
+                self._problems.append(Problem(str(folder), "link_loop", True, detail))
+            self._loops.add(loop)
+            return
+        for entry in _entries(folder, self._problems):
+            if is_folder(entry):
+                if entry.name.startswith("."):
+                    self._problems.append(Problem(entry.path, "hidden_folder", True, "inside a class; remove it"))
+                else:
+                    yield from self.images_below(Path(entry.path), above | {here}, (*way, here))
+            elif is_image_name(entry.name):
+                yield entry.path
             else:
-                yield from _images_below(entry.path, problems)
-        elif is_image_name(entry.name):
-            yield entry.path
-        else:
-            kind = "hidden_file" if entry.name.startswith(".") else "not_image"
-            problems.append(Problem(entry.path, kind, False, "not named like an image; training does not see it"))
+                self._problems.append(_not_seen(entry, "not_image", "not named like an image"))
 
 
 def _entries(folder: Path, problems: list[Problem]) -> list[os.DirEntry[str]]:
@@ -160,10 +203,13 @@ def _entries(folder: Path, problems: list[Problem]) -> list[os.DirEntry[str]]:
 def _compare_classes(splits: dict[str, Path], classes: dict[str, set[str]], problems: list[Problem]) -> None:
     if len(splits) < 2:
         return
-    for here, there in (("train", "val"), ("val", "train")):
-        for name in sorted(classes[here] - classes[there]):
-            detail = f"no such class in {splits[there]}"
-            problems.append(Problem(str(splits[here] / name), "class_mismatch", True, detail))
+    train, val = sorted(classes["train"]), sorted(classes["val"])
+    for name in places_in(val, train)[1]:
+        detail = f"no such class in {splits['train']}{likely_meant([name], train)}"
+        problems.append(Problem(str(splits["val"] / name), "class_mismatch", True, detail))
+    for name in places_in(train, val)[1]:
+        detail = f"no such class in {splits['val']}; it is trained, and not evaluated"
+        problems.append(Problem(str(splits["train"] / name), "not_validated", False, detail))
 
 
 def _read_all(paths: Sequence[str], workers: int) -> Iterator[_Finding]:

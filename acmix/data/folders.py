@@ -1,7 +1,8 @@
 """Image folders: `ROOT/SPLIT/CLASS/**/IMAGE`."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ from PIL import Image
 
 from acmix.data.images import EXTENSIONS, decode_image, read_image_file
 from acmix.errors import UserError
+
+FolderId = tuple[int, int]
+"""Device and inode of a folder."""
 
 
 class TextTable:
@@ -31,11 +35,11 @@ class TextTable:
         return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
 
 
-class FolderSource:
-    """The images below one split folder, in sorted order, with the folder names as classes."""
+class FileSource:
+    """Image files of one folder: their paths relative to it, and their classes as indices into `classes`."""
 
-    def __init__(self, split: Path) -> None:
-        self.classes, files, targets = scan_split(split)
+    def __init__(self, split: Path, classes: list[str], files: Sequence[str], targets: Sequence[int]) -> None:
+        self.classes = classes
         self.targets = np.asarray(targets, dtype=np.int64)
         self._split = str(split)
         self._files = TextTable(files)
@@ -52,58 +56,149 @@ class FolderSource:
         return f"{os.path.join(self._split, self._files[index])} (class {self.classes[self.targets[index]]})"
 
 
+class FolderSource(FileSource):
+    """The images below one split folder, in sorted order, with the folder names as classes."""
+
+    def __init__(self, split: Path) -> None:
+        super().__init__(split, *scan_split(split))
+
+
 def scan_split(split: Path) -> tuple[list[str], list[str], list[int]]:
     """Classes, image paths relative to the split, and class indices.
 
-    Raises UserError naming the folders that are missing, empty or hidden.
+    Raises UserError naming the folders that are missing, empty or hidden, and links that lead nowhere or in a circle.
     """
     classes = class_folders(split)
+    above = folders_above(split) | {folder_id(split)}
     files: list[str] = []
     targets: list[int] = []
     empty = []
     for target, name in enumerate(classes):
         before = len(files)
-        files += sorted(os.path.join(name, file) for file in image_files(split / name))
+        files += sorted(os.path.join(name, file) for file in image_files(split / name, above))
         targets += [target] * (len(files) - before)
         if len(files) == before:
-            empty.append(str(split / name))
+            empty.append(split / name)
     if empty:
-        raise UserError(f"class folders without images: {_some(empty)}; fill or remove them")
+        raise UserError(
+            f"class folders without images: {some([str(folder) for folder in empty])}; fill or remove them"
+            f"{other_formats(_names_below(empty))}"
+        )
     return classes, files, targets
 
 
 def class_folders(split: Path) -> list[str]:
-    """Names of the class folders of a split, sorted. Raises UserError naming missing or hidden folders."""
-    if not split.is_dir():
-        raise UserError(_missing_split(split))
-    try:
-        names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir())
-    except OSError as error:
-        raise UserError(f"{split}: cannot be read: {error.strerror}") from None
+    """Names of the class folders of a split, sorted as text.
+
+    Raises UserError naming missing or hidden folders, names that are not UTF-8, and links that lead nowhere.
+    """
+    entries = split_entries(split)
+    names = [entry.name for entry in entries if is_folder(entry)]
     hidden = [str(split / name) for name in names if name.startswith(".")]
     if hidden:
-        raise UserError(f"hidden folders among the classes: {_some(hidden)}; remove them")
+        raise UserError(f"hidden folders among the classes: {some(hidden)}; remove them")
+    unreadable = [readable_name(str(split / name)) for name in names if not is_text(name)]
+    if unreadable:
+        raise UserError(f"names of class folders that are not UTF-8: {some(unreadable)}; rename them")
+    lost = [describe_link(entry) for entry in entries if is_lost_folder(entry)]
+    if lost:
+        raise UserError(f"links among the classes that lead nowhere: {some(lost)}; mend or remove them")
     if not names:
-        raise UserError(f"{split}: no class folders; images belong into {split}/CLASS/")
+        way_out = ", or name their classes in a file, data.labels=FILE" if any(map(is_image, entries)) else ""
+        formats = other_formats(_names_below([split]))
+        raise UserError(f"{split}: no class folders; images belong into {split}/CLASS/{way_out}{formats}")
     return names
 
 
-def image_files(folder: Path) -> Iterator[str]:
+def has_class_folders(split: Path) -> bool:
+    """Whether a split holds folders and no images beside them. Raises UserError as `split_entries` does."""
+    entries = split_entries(split)
+    return any(map(is_folder, entries)) and not any(map(is_image, entries))
+
+
+def split_entries(split: Path) -> list[os.DirEntry[str]]:
+    """What lies directly in a split folder, sorted by name. Raises UserError when it is missing or cannot be read."""
+    if not split.is_dir():
+        raise UserError(missing_split(split))
+    try:
+        return sorted(os.scandir(split), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{split}: cannot be read: {error.strerror}") from None
+
+
+def image_files(folder: Path, above: frozenset[FolderId] | None = None) -> Iterator[str]:
     """Paths, relative to `folder`, of the files below it that are named like images.
 
-    Raises UserError for a hidden folder, such as `.ipynb_checkpoints`, which is rarely meant for training.
+    `above` are the folders on the way to it, its real parents unless given. Raises UserError for a hidden folder, such
+    as `.ipynb_checkpoints`, which is rarely meant for training, for a link back to a folder on the way, which would
+    never end, and for one that leads nowhere and is named like a folder.
     """
     try:
+        here = folder_id(folder)
+        above = folders_above(folder) if above is None else above
+        if here in above:
+            raise UserError(f"{folder}: a link back to a folder it lies in ({folder.resolve()}); remove the link")
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if is_folder(entry):
                     if entry.name.startswith("."):
                         raise UserError(f"hidden folder in a class: {entry.path}; remove it")
-                    yield from (os.path.join(entry.name, file) for file in image_files(Path(entry.path)))
-                elif is_image_name(entry.name):
+                    below = image_files(Path(entry.path), above | {here})
+                    yield from (os.path.join(entry.name, file) for file in below)
+                elif is_image(entry):
                     yield entry.name
+                elif is_lost_folder(entry):
+                    raise UserError(f"{describe_link(entry)}, which leads nowhere; mend or remove the link")
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def folders_above(folder: Path) -> frozenset[FolderId]:
+    """The real parents of a folder, up to the root of the file system."""
+    return frozenset(folder_id(parent) for parent in folder.resolve().parents)
+
+
+def folder_id(folder: Path) -> FolderId:
+    """What tells a folder from every other, by whatever path it is reached."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that cannot be entered
+        return False
+
+
+def is_image(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry that is no folder is named like an image."""
+    return is_image_name(entry.name) and not is_folder(entry)
+
+
+def is_lost_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a link that leads nowhere and, by its name, was one to a folder.
+
+    One named like an image counts as an image that cannot be read, other names with a suffix as files.
+    """
+    hidden_or_file = entry.name.startswith(".") or os.path.splitext(entry.name)[1]
+    return entry.is_symlink() and not hidden_or_file and not os.path.exists(entry.path)
+
+
+def is_text(name: str) -> bool:
+    """Whether the name of a file or folder is UTF-8, and so can be written to a file of class names."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def readable_name(path: str) -> str:
+    """A path for people, with the bytes that are not UTF-8 as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def describe_link(entry: os.DirEntry[str]) -> str:
+    """Path and target of a link, for messages."""
+    return f"{entry.path} -> {os.readlink(entry.path)}"
 
 
 def is_image_name(name: str) -> bool:
@@ -111,24 +206,38 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def check_same_classes(train: Sequence[str], val: Sequence[str], train_name: str, val_name: str) -> None:
-    """Raises UserError naming the classes that only one of the two splits has."""
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    if not only_train and not only_val:
-        return
-    parts = [f"only in {train_name}: {_some(only_train)}"] * bool(only_train)
-    parts += [f"only in {val_name}: {_some(only_val)}"] * bool(only_val)
-    raise UserError(f"training and validation classes differ: {'; '.join(parts)}")
-
-
-def _missing_split(split: Path) -> str:
+def missing_split(split: Path) -> str:
+    """The message for a split folder that does not exist."""
     parent = split.parent
     if not parent.is_dir():
-        return f"{parent}: no such folder; set data.root to the folder that holds the splits"
-    found = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir() and not entry.name.startswith("."))
-    return f"{split}: no such folder; set data.train_split or data.val_split (folders there: {_some(found) or 'none'})"
+        return f"{parent}: no such folder; set data.root to the folder that holds the splits{from_where(parent)}"
+    found = sorted(entry.name for entry in os.scandir(parent) if is_folder(entry) and not entry.name.startswith("."))
+    there = f"(folders there: {some(found) or 'none'}){from_where(split)}"
+    return f"{split}: no such folder; set data.train_split or data.val_split {there}"
 
 
-def _some(names: Sequence[str]) -> str:
+def no_images(folder: Path) -> str:
+    """The message for a folder without images."""
+    return f"{folder}: no images inside{other_formats(_names_below([folder]))}"
+
+
+def other_formats(names: Iterable[str]) -> str:
+    """For a message on missing images: the suffixes of the files that are of no image format; else empty."""
+    suffixes = Counter(os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+    others = [suffix for suffix, _ in suffixes.most_common() if suffix and suffix not in EXTENSIONS]
+    return f" (found {some(others)} files; images are read from {', '.join(sorted(EXTENSIONS))})" if others else ""
+
+
+def from_where(path: Path) -> str:
+    """For a message on a missing file: which folder a relative path starts from; empty for an absolute one."""
+    return "" if path.is_absolute() else f" (a relative path, looked for from {Path.cwd()})"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names and how many more there are, for messages."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
+
+
+def _names_below(folders: Iterable[Path]) -> Iterator[str]:
+    return (name for folder in folders for _, _, names in os.walk(folder) for name in names)

@@ -65,7 +65,8 @@ def read_image_file(path: str | Path) -> bytes:
                 raise BadImage("bomb", f"{status.st_size} bytes, over the limit of {MAX_FILE_BYTES}")
             return file.read()
     except OSError as error:
-        raise BadImage("unreadable", error.strerror or str(error)) from None
+        link = f" (a link to {os.readlink(path)})" if os.path.islink(path) else ""
+        raise BadImage("unreadable", f"{error.strerror or error}{link}") from None
 
 
 def open_image(data: bytes) -> Image.Image:

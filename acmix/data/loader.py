@@ -1,6 +1,6 @@
 """Batches for training and validation: `build_data(config)`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from acmix.config import Config
-from acmix.data.datasets import Source, build_source, build_sources, statistics_of
+from acmix.data.classes import present_classes
+from acmix.data.datasets import Source, build_sources, build_val_source, statistics_of
 from acmix.data.images import BadImage
 from acmix.data.sampler import BatchPlan, TrainOrder, val_plans
 from acmix.data.seeding import preserved_generators, seed_generators, stream_seed
@@ -28,7 +29,7 @@ class Batch:
     `ids` are indices into the dataset, also of the unreadable images.
     """
 
-    images: torch.Tensor  # (B, 3, S, S) float32, normalised
+    images: torch.Tensor  # (B, C, H, W) float32, normalised; C is 3, or 1 for grey
     targets: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64
     valid: torch.Tensor  # (B,) bool
@@ -52,16 +53,16 @@ class BatchReader(Dataset):
     The augmentation of an image is seeded from (seed, epoch, index, repeat); with seed None nothing is seeded.
     """
 
-    def __init__(self, source: Source, transform: Transform, image_size: int, seed: int | None) -> None:
+    def __init__(self, source: Source, transform: Transform, config: Config, seed: int | None) -> None:
         self._source = source
         self._transform = transform
-        self._size = image_size
+        self._shape = (config.model.in_chans, *config.data.size)
         self._seed = seed
 
     def __getitem__(self, plan: BatchPlan) -> _Read:
         count = len(plan.indices)
         read = _Read(
-            images=torch.zeros(count, 3, self._size, self._size),
+            images=torch.zeros(count, *self._shape),
             targets=np.zeros(count, dtype=np.int64),
             ids=plan.indices,
             valid=np.zeros(count, dtype=bool),
@@ -117,7 +118,7 @@ class TrainLoader:
         self._source = source
         self._rank = rank
         self._raises = config.data.on_error == "raise"
-        reader = BatchReader(source, transform, config.data.image_size, config.run.seed)
+        reader = BatchReader(source, transform, config, config.run.seed)
         self._pool = WorkerPool(reader, config)
 
     def __len__(self) -> int:
@@ -154,10 +155,12 @@ class ValLoader:
 
     def __init__(self, source: Source, transform: Transform, config: Config, rank: int, world_size: int) -> None:
         self.classes = source.classes
+        self.present = present_classes(source)
+        """Indices of the classes that may have images here, ascending."""
         self._source = source
         batch_size = config.data.val_batch_size or config.data.batch_size
         self._plans = val_plans(len(source), batch_size, rank, world_size)
-        reader = BatchReader(source, transform, config.data.image_size, None)
+        reader = BatchReader(source, transform, config, None)
         self._pool = WorkerPool(reader, config, most=len(self._plans))
 
     def __len__(self) -> int:
@@ -193,13 +196,14 @@ class Data:
         return len(self.classes)
 
 
-def build_data(config: Config, *, rank: int = 0, world_size: int = 1) -> Data:
+def build_data(config: Config, *, rank: int = 0, world_size: int = 1, classes: Sequence[str] | None = None) -> Data:
     """Open the configured dataset for one process of several.
 
-    Raises UserError: missing data, empty or hidden class folders, classes that differ between the splits, fewer
+    `classes`, the list of the run or weights to go on from, keeps its order where the data has the same classes.
+    Raises UserError: missing data, empty or hidden class folders, validation classes that training lacks, fewer
     training images than a global batch.
     """
-    train, val, statistics = build_sources(config)
+    train, val, statistics = build_sources(config, classes, rank)
     return Data(
         classes=train.classes,
         train=TrainLoader(train, build_train_transform(config, statistics), config, rank, world_size),
@@ -207,19 +211,14 @@ def build_data(config: Config, *, rank: int = 0, world_size: int = 1) -> Data:
     )
 
 
-def build_val(config: Config, *, rank: int = 0, world_size: int = 1, classes: list[str] | None = None) -> ValLoader:
+def build_val(config: Config, *, rank: int = 0, world_size: int = 1, classes: Sequence[str] | None = None) -> ValLoader:
     """Open only the validation split, for evaluation.
 
-    `classes`, the list a run was trained with, must be that of the data. Raises UserError.
+    `classes`, the list a run was trained with, numbers those of the data, which may be a part of it. Raises UserError.
     """
-    source = build_source(config.data, config.data.val_split)
-    if classes is not None and classes != source.classes:
-        only_run, only_data = sorted(set(classes) - set(source.classes)), sorted(set(source.classes) - set(classes))
-        raise UserError(
-            f"the data's {len(source.classes)} classes are not the {len(classes)} of training: "
-            f"missing here {only_run[:5]}, unknown there {only_data[:5]}"
-        )
-    return ValLoader(source, build_val_transform(config, statistics_of(config.data)), config, rank, world_size)
+    source = build_val_source(config, classes, rank)
+    statistics = statistics_of(config.data, config.model.in_chans)
+    return ValLoader(source, build_val_transform(config, statistics), config, rank, world_size)
 
 
 def resolve_num_classes(config: Config, data: Data | ValLoader) -> int:
@@ -228,7 +227,8 @@ def resolve_num_classes(config: Config, data: Data | ValLoader) -> int:
     if wanted is not None and wanted != found:
         raise UserError(
             f"model.num_classes is {wanted}, but the data (data.dataset {config.data.dataset}) has {found} classes; "
-            "make them equal or leave model.num_classes out"
+            "make them equal or leave model.num_classes out; where the data holds a part of the classes, name all of "
+            "them with data.classes=FILE"
         )
     return found
 

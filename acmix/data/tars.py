@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from acmix.data.folders import TextTable, is_image_name
+from acmix.data.folders import TextTable, from_where, is_image_name, is_text, other_formats, readable_name, some
 from acmix.data.images import MAX_FILE_BYTES, BadImage, decode_image
 from acmix.errors import UserError
 
@@ -33,7 +33,7 @@ class TarSource:
     """Images of several tar files with their classes."""
 
     def __init__(self, tars: Sequence[Path], members: Sequence[tuple[int, Member]], labels: Sequence[str]) -> None:
-        self.classes = sorted(set(labels), key=_number_or_text)
+        self.classes = sorted(set(labels))
         index = {name: i for i, name in enumerate(self.classes)}
         self.targets = np.asarray([index[label] for label in labels], dtype=np.int64)
         self._tars = [str(tar) for tar in tars]
@@ -64,13 +64,16 @@ def tar_source(root: Path, split: str) -> TarSource:
     tars = _find_tars(root, split)
     members: list[tuple[int, Member]] = []
     labels: list[str] = []
+    others: list[str] = []
     for number, tar in enumerate(tars):
         for member in sorted(index_tar(tar), key=lambda member: member.name):
             if is_image_name(PurePosixPath(member.name).name):
                 members.append((number, member))
-                labels.append(PurePosixPath(member.name).parent.name or tar.stem)
+                labels.append(_folder_of(tar, member) or tar.stem)
+            else:
+                others.append(member.name)
     if not members:
-        raise UserError(f"{_some(tars)}: no images inside")
+        raise UserError(f"{some([str(tar) for tar in tars])}: no images inside{other_formats(others)}")
     return TarSource(tars, members, labels)
 
 
@@ -94,7 +97,7 @@ def shard_source(root: Path, split: str) -> TarSource:
                 members.append((number, image))
                 labels.append(_shard_label(tar, key, files))
     if not members:
-        raise UserError(f"{_some(tars)}: no images inside")
+        raise UserError(f"{some([str(tar) for tar in tars])}: no images inside")
     return TarSource(tars, members, labels)
 
 
@@ -138,7 +141,8 @@ def _nested_name(inside: str, name: str) -> str:
 
 def _find_tars(root: Path, split: str) -> list[Path]:
     if not root.exists():
-        raise UserError(f"{root}: no such folder; set data.root to the folder that holds the tar files")
+        way_out = f"set data.root to the folder that holds the tar files{from_where(root)}"
+        raise UserError(f"{root}: no such folder; {way_out}")
     if root.is_file():
         return [root]
     if (root / f"{split.removesuffix('.tar')}.tar").is_file():
@@ -149,6 +153,15 @@ def _find_tars(root: Path, split: str) -> list[Path]:
             f"{root}: neither {split}.tar, {split}*.tar nor {split}/*.tar; set data.train_split or val_split"
         )
     return found
+
+
+def _folder_of(tar: Path, member: Member) -> str:
+    name = PurePosixPath(member.name).parent.name
+    if name.startswith("."):
+        raise UserError(f"{tar}: member {member.name}: a hidden folder among the classes; leave it out of the tar")
+    if not is_text(name):
+        raise UserError(f"{tar}: member {readable_name(member.name)}: the folder's name is not UTF-8; rename it")
+    return name
 
 
 def _shard_label(tar: Path, key: str, files: dict[str, Member]) -> str:
@@ -185,11 +198,3 @@ def _read_at(path: str, offset: int, size: int) -> bytes:
     if len(data) < size:
         raise BadImage("truncated", f"{path} ends before the member does")
     return data
-
-
-def _number_or_text(label: str) -> tuple[bool, int, str]:
-    return (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
-
-
-def _some(tars: Sequence[Path]) -> str:
-    return ", ".join(str(tar) for tar in tars[:5]) + (f" and {len(tars) - 5} more" if len(tars) > 5 else "")

@@ -1,6 +1,7 @@
 """Datasets that timm opens by name: `torch/NAME` and `hfds/NAME`."""
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,8 +11,12 @@ from PIL import Image
 
 from acmix.config import DataConfig, find_dataset
 from acmix.data.download import download_lock
+from acmix.data.folders import from_where, image_files
 from acmix.data.images import BadImage, decode_image, read_image_file
 from acmix.errors import UserError
+
+_FOLDERS = ("torch/image_folder", "torch/folder")
+"""Walked once before torchvision does, which would follow a link back to a parent forty levels down."""
 
 
 class TimmSource:
@@ -59,7 +64,9 @@ def open_timm(data: DataConfig, split: str) -> TimmSource:
     kwargs: dict[str, Any] = {"download": True} if data.download else {}
     root = None if data.root is None else str(Path(data.root).expanduser())
     if root is not None and find_dataset(data.dataset).needs_root and not os.path.exists(root):
-        raise UserError(f"{root}: no such folder; set data.root")
+        raise UserError(f"{root}: no such folder; set data.root{from_where(Path(root))}")
+    if root is not None and data.dataset.lower() in _FOLDERS:
+        deque(image_files(Path(root, split) if os.path.isdir(os.path.join(root, split)) else Path(root)), maxlen=0)
     try:
         with download_lock(Path(root)) if root and data.download else nullcontext():
             dataset = create_dataset(data.dataset, root=root, split=split, **kwargs)

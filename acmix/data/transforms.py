@@ -10,13 +10,14 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
 from torchvision import transforms
+from torchvision.transforms.functional import resize
 
-from acmix.config import AugmentConfig, Config
+from acmix.config import Config
 from acmix.data.datasets import Statistics
 from acmix.errors import UserError
 
 Transform = Callable[[Image.Image], torch.Tensor]
-"""RGB image of any size → (3, S, S) float32, normalised."""
+"""RGB image of any size → (C, H, W) float32, normalised; C is 3, or 1 for grey."""
 
 _MAX_ASPECT = 16
 _UNCROPPED_SIZE = 64  # up to this image_size validation crops nothing: small images are used whole
@@ -36,23 +37,24 @@ def build_train_transform(config: Config, statistics: Statistics) -> Transform:
         steps.append(_auto_augment(augment.auto_augment, config, statistics))
     if augment.color_jitter:
         steps.append(transforms.ColorJitter(*[augment.color_jitter] * 3))
-    steps += _to_tensor(statistics)
+    steps += _to_tensor(config, statistics)
     if augment.erase_prob:
         steps.append(RandomErasing(augment.erase_prob, mode="pixel", device="cpu"))
     return transforms.Compose(steps)
 
 
 def build_val_transform(config: Config, statistics: Statistics) -> Transform:
-    """Resize the shorter side, crop the centre, normalise; nothing random."""
-    size = config.data.image_size
-    share = 1.0 if size <= _UNCROPPED_SIZE else config.data.crop_pct
-    return transforms.Compose([*_resize(config, math.floor(size / share)), *_to_tensor(statistics)])
+    """Resize until the crop fits, crop the centre, normalise; nothing random."""
+    height, width = config.data.size
+    share = 1.0 if max(height, width) <= _UNCROPPED_SIZE else config.data.crop_pct
+    covered = (math.floor(height / share), math.floor(width / share))
+    return transforms.Compose([*_resize(config, covered), *_to_tensor(config, statistics)])
 
 
 def build_mixup(config: Config, num_classes: int) -> Mixup | None:
     """Mixup and CutMix of a batch, or None when both are off.
 
-    Called with images (B, 3, H, W) and targets (B,), B even, it returns mixed images and targets (B, num_classes)
+    Called with images (B, C, H, W) and targets (B,), B even, it returns mixed images and targets (B, num_classes)
     that contain the label smoothing. It draws from numpy's global generator, to be seeded before each call
     (`seeding.seed_generators`).
     """
@@ -70,26 +72,32 @@ def build_mixup(config: Config, num_classes: int) -> Mixup | None:
 
 
 def _crop(config: Config) -> list[Callable]:
-    size, augment = config.data.image_size, config.augment
+    size, augment, interpolation = config.data.size, config.augment, config.data.interpolation
     if augment.crop == "random_resized":
-        return [_random_resized_crop(size, augment, config.data.interpolation)]
+        return [RandomResizedCropAndInterpolation(size, augment.scale, augment.ratio, interpolation)]
     if augment.crop == "pad":
-        resize = transforms.Resize(size, interpolation=str_to_interp_mode(config.data.interpolation))
-        return [_limit_aspect, resize, transforms.RandomCrop(size, padding=augment.pad)]
+        return [_limit_aspect, _Cover(size, interpolation), transforms.RandomCrop(size, padding=augment.pad)]
     return _resize(config, size)
 
 
-def _random_resized_crop(size: int, augment: AugmentConfig, interpolation: str) -> Callable:
-    return RandomResizedCropAndInterpolation(size, augment.scale, augment.ratio, interpolation)
+def _resize(config: Config, covered: tuple[int, int]) -> list[Callable]:
+    return [_limit_aspect, _Cover(covered, config.data.interpolation), transforms.CenterCrop(config.data.size)]
 
 
-def _resize(config: Config, shorter_side: int) -> list[Callable]:
-    interpolation = str_to_interp_mode(config.data.interpolation)
-    return [
-        _limit_aspect,
-        transforms.Resize(shorter_side, interpolation=interpolation),
-        transforms.CenterCrop(config.data.image_size),
-    ]
+class _Cover:
+    """Resize an image, its shape kept, until it just covers (height, width); of a square, that is its shorter side."""
+
+    def __init__(self, size: tuple[int, int], interpolation: str) -> None:
+        self.size = size
+        self.interpolation = str_to_interp_mode(interpolation)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        if height * image.width >= width * image.height:
+            width = int(height * image.width / image.height)
+        else:
+            height = int(width * image.height / image.width)
+        return resize(image, [height, width], self.interpolation)
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:
@@ -101,14 +109,16 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
 
 
-def _to_tensor(statistics: Statistics) -> list[Callable]:
-    return [transforms.ToTensor(), transforms.Normalize(statistics.mean, statistics.std)]
+def _to_tensor(config: Config, statistics: Statistics) -> list[Callable]:
+    grey = [transforms.Grayscale()] if config.model.in_chans == 1 else []
+    return [*grey, transforms.ToTensor(), transforms.Normalize(statistics.mean, statistics.std)]
 
 
 def _auto_augment(policy: str, config: Config, statistics: Statistics) -> Callable:
+    colour = statistics.mean * (3 // len(statistics.mean))  # images are still RGB here
     parameters = {
-        "translate_const": int(config.data.image_size * 0.45),
-        "img_mean": tuple(min(255, round(255 * value)) for value in statistics.mean),
+        "translate_const": int(min(config.data.size) * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in colour),
         "interpolation": str_to_pil_interp(config.data.interpolation),
     }
     makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}

@@ -17,7 +17,7 @@ from acmix.config import Config
 from acmix.data.sampler import BatchPlan
 from acmix.errors import UserError
 
-_JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 _MEMORY = (
     "Likely causes: the machine ran out of memory (the kernel's log says so), or /dev/shm is full or too small. Lower "

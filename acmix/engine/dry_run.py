@@ -33,7 +33,7 @@ def plan(config: Config, learner: Learner, data: "Data") -> list[str]:
         f"model      {config.model.name}: {learner.parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} G multiply-"
         f"adds per image, {len(path_weights(learner.model))} path weights",
         f"data       {config.data.dataset}: {len(data.classes)} classes, {updates * loader.global_batch:,} training "
-        f"images per epoch at {config.data.image_size} px",
+        f"images per epoch at {' × '.join(map(str, dict.fromkeys(config.data.size)))} px",
         f"update     {loader.global_batch} images: {config.data.batch_size} per process × {learner.dist.world_size} "
         f"process(es) × {config.optimizer.accumulate} accumulated",
         f"steps      {total:,}: {schedule.epochs} epochs × {updates:,} updates{stop}",

@@ -20,14 +20,17 @@ Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def network_inputs(
     batch: "Batch", precision: PrecisionConfig, device: torch.device, mixing: Mixing | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) in the memory format of `precision` and targets, on the device, mixed where asked."""
+    """Images (B, C, H, W) in the memory format of `precision` and targets, on the device, mixed where asked."""
     images = batch.images.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
     if mixing is not None:
         images, targets = mixing(images, targets)
-    if precision.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return images, targets
+    return in_memory_format(images, precision), targets
+
+
+def in_memory_format(images: Tensor, precision: PrecisionConfig) -> Tensor:
+    """Images in the memory format of `precision`."""
+    return images.contiguous(memory_format=torch.channels_last) if precision.channels_last else images
 
 
 def autocast(precision: PrecisionConfig, device: torch.device) -> AbstractContextManager[None]:

@@ -107,7 +107,13 @@ class Learner:
         seed_step(self.config.run.seed, step, self.dist.rank, micro)
         images, targets = network_inputs(batch, self.config.precision, self.dist.device, self.mixing)
         with autocast(self.config.precision, self.dist.device):
-            losses = self._losses(self._runner(images), targets)
+            logits = self._runner(images)
+            if not isinstance(logits, Tensor):  # evaluation has seen one, but some networks train with several outputs
+                raise UserError(
+                    f"model.name: {self.config.model.name} gives a {type(logits).__name__} in training, where one "
+                    "tensor of logits is needed; choose another model or model.kwargs"
+                )
+            losses = self._losses(logits, targets)
         if not batch.errors:
             return losses.mean()
         valid = batch.valid.to(losses)  # 0 where another image stands in for one that cannot be read
@@ -124,7 +130,7 @@ class Learner:
         if clip is not None or measure:
             self.scaler.unscale_(self.optimizer)
             norm = self._clip(clip, mode)
-        self._step_optimizer()
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         self.discard()
         if self.ema is not None:
@@ -160,28 +166,18 @@ class Learner:
             if self.ema is not None:
                 self.ema.module.load_state_dict(model if ema is None else ema)
             groups = parameter_groups(self.model, self.config.optimizer)
-            load_optimizer(self.optimizer, training["optimizer"], groups)
+            load_optimizer(self.optimizer, self.config.optimizer, training["optimizer"], groups)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"the checkpoint does not fit this model or optimizer: {error}") from None
         if training["scaler"]:
             self.scaler.load_state_dict(training["scaler"])
-        self.ema_updates = training["ema_updates"]
+        self.ema_updates = 0 if ema is None else training["ema_updates"]
 
     def _synchronise(self, last: bool) -> Any:
         """Ranks exchange gradients with the last micro-batch of a step only."""
         if last or not isinstance(self._runner, DistributedDataParallel):
             return nullcontext()
         return self._runner.no_sync()
-
-    def _step_optimizer(self) -> None:
-        try:
-            self.scaler.step(self.optimizer)
-        except KeyError as error:
-            raise UserError(
-                f"the optimizer's state in the checkpoint has no {error}, which {self.config.optimizer.name} needs as "
-                "it is configured now; give optimizer.name and optimizer.kwargs as they were, or start a new run from "
-                "its weights with model.checkpoint"
-            ) from error
 
     def _clip(self, clip: float | None, mode: str) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]

@@ -15,7 +15,7 @@ from timm.optim import (
 )
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, TanhLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from acmix.config import OptimizerConfig, ScheduleConfig
 from acmix.engine.kwargs import checked_kwargs
@@ -66,17 +66,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int
         nearest = get_close_matches(config.name.lower(), list_optimizers(), n=1, cutoff=0.0)[0]
         raise UserError(f"optimizer.name: timm has no optimizer {config.name!r}; did you mean {nearest}?")
     try:
-        accepted = inspect.signature(get_optimizer_class(config.name, bind_defaults=False)).parameters
-        arguments: dict[str, Any] = {
-            "opt": config.name,
-            "lr": peak_lr(config, global_batch),
-            "momentum": config.momentum,
-            **_betas_and_eps(config, accepted),
-            **checked_kwargs("optimizer", config, {key: accepted[key] for key in accepted if key != "params"}),
-        }
+        arguments = _arguments(config, peak_lr(config, global_batch))
         optimizer = create_optimizer_v2(model, param_group_fn=lambda net: parameter_groups(net, config), **arguments)
         if config.kwargs:  # some that do not fit fail at the first step only
-            _try_step(next(model.parameters()).device, arguments)
+            _state_after_step(torch.ones(2, 2, device=next(model.parameters()).device), arguments)
     except (ArithmeticError, AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         where = "optimizer.kwargs" if config.kwargs else "optimizer"
         raise UserError(f"{where}: {config.name} cannot work with these values: {error}") from error
@@ -84,26 +77,32 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, state: dict[str, Any], groups: Sequence[Mapping[str, Any]]
+    optimizer: torch.optim.Optimizer,
+    config: OptimizerConfig,
+    state: dict[str, Any],
+    groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Load a checkpoint's state into an optimizer, which keeps what its config says now.
+    """Load a checkpoint's state into the optimizer of `config`, which keeps what its config says now.
 
     Each parameter group keeps the entries that the config determines: those of `groups`, the groups that the optimizer
     was built from, and those named like an argument of its constructor. The rest is what the optimizer evolves, such as
     a count of steps, and comes from the checkpoint; so does the learning rate, which the schedule sets at every step.
 
-    Raises ValueError or KeyError when the state is of another network.
+    Raises ValueError or KeyError when the state is of another network, or lacks what the optimizer needs.
     """
     own = {key for group in groups for key in group} | inspect.signature(type(optimizer)).parameters.keys()
     kept = (own | {"initial_lr"}) - {"params", "lr"}
     saved_groups = state["param_groups"]
     if len(saved_groups) != len(optimizer.param_groups):
         raise ValueError(f"its parameters are in {len(saved_groups)} groups, now in {len(optimizer.param_groups)}")
+    if any(len(a["params"]) != len(b["params"]) for a, b in zip(saved_groups, optimizer.param_groups, strict=True)):
+        raise ValueError("its parameters are in groups of other sizes")
     merged = [
         {key: value for key, value in saved.items() if key not in kept}
         | {key: value for key, value in group.items() if key in kept}
         for saved, group in zip(saved_groups, optimizer.param_groups, strict=True)
     ]
+    _refuse_incomplete_state(config, state["state"], optimizer)
     optimizer.load_state_dict({**state, "param_groups": merged})
 
 
@@ -133,10 +132,45 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, up
     return scheduler
 
 
-def _try_step(device: torch.device, arguments: dict[str, Any]) -> None:
-    parameter = nn.Parameter(torch.ones(2, 2, device=device))
+def _arguments(config: OptimizerConfig, lr: float) -> dict[str, Any]:
+    """The arguments of timm's factory for the optimizer of the config."""
+    accepted = inspect.signature(get_optimizer_class(config.name, bind_defaults=False)).parameters
+    return {
+        "opt": config.name,
+        "lr": lr,
+        "momentum": config.momentum,
+        **_betas_and_eps(config, accepted),
+        **checked_kwargs("optimizer", config, {key: accepted[key] for key in accepted if key != "params"}),
+    }
+
+
+def _state_after_step(values: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the optimizer keeps of a parameter with these values after its first step."""
+    parameter = nn.Parameter(values.clone())
     parameter.grad = torch.ones_like(parameter)
-    create_optimizer_v2([parameter], **arguments).step()
+    optimizer = create_optimizer_v2([parameter], **arguments)
+    optimizer.step()
+    return dict(optimizer.state[parameter])
+
+
+def _refuse_incomplete_state(
+    config: OptimizerConfig, saved: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer
+) -> None:
+    """ValueError when a saved state lacks an entry that the optimizer reads, or has one of another shape.
+
+    The optimizer would miss it only at its next step. One parameter of each kind of saved state is tried, the smallest.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    smallest: dict[frozenset[str], int] = {}
+    for index in sorted((index for index in saved if saved[index]), key=lambda index: parameters[index].numel()):
+        smallest.setdefault(frozenset(saved[index]), index)
+    for names, index in smallest.items():
+        for name, value in _state_after_step(parameters[index].detach(), _arguments(config, 1.0)).items():
+            if value is not None and name not in names:
+                raise ValueError(f"the optimizer's state has no {name!r}, which {config.name} needs as it is now")
+            old = saved[index].get(name)
+            if isinstance(value, Tensor) and isinstance(old, Tensor) and value.shape != old.shape:
+                raise ValueError(f"the optimizer's {name!r} has another shape than {config.name} needs as it is now")
 
 
 def _betas_and_eps(config: OptimizerConfig, accepted: Collection[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from acmix.config import Config
+from acmix.config import Config, ScheduleConfig
 from acmix.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +39,26 @@ def run_fingerprint(config: Config, data: "Data", world_size: int) -> dict[str, 
         "world_size": world_size,
         "config": config.model_dump(mode="json"),
     }
+
+
+def total_updates(schedule: ScheduleConfig, updates_per_epoch: int) -> int:
+    """Updates of the weights from the beginning of a run to its end."""
+    whole = schedule.epochs * updates_per_epoch
+    return min(whole, schedule.steps or whole)
+
+
+def refuse_shorter(schedule: ScheduleConfig, step: int, updates_per_epoch: int) -> None:
+    """UserError when the schedule ends before `step`, which the run has reached already."""
+    if schedule.epochs * updates_per_epoch < step:
+        given, least = f"schedule.epochs: {schedule.epochs}", f"{-(-step // updates_per_epoch)} epochs"
+    elif schedule.steps is not None and schedule.steps < step:
+        given, least = f"schedule.steps: {schedule.steps}", f"{step} updates"
+    else:
+        return
+    raise UserError(
+        f"{given} is less than the run has done already, {step} updates of {updates_per_epoch} an epoch; give at least "
+        f"{least}, or start a new run in another run.dir"
+    )
 
 
 _KEYS = {

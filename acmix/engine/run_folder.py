@@ -4,19 +4,31 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from acmix.checkpoint.layout import ABANDONED, CHECKPOINTS, list_checkpoints
+from acmix.checkpoint.manifest import PROGRESS_FILE
 from acmix.config import Config
+from acmix.config.resume import changed_keys, refuse_fixed
+from acmix.engine.lock import LOCK_NAME
+from acmix.engine.progress import refuse_shorter, total_updates
 from acmix.errors import UserError
+from acmix.paths import expand_path, missing_path_hint
 from acmix.process.program import REQUEUE
+from acmix.telemetry.record import read_rows
+
+if TYPE_CHECKING:
+    from acmix.checkpoint.snapshot import Snapshot
 
 RUNS = Path("runs")
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
 CLASSES = "classes.json"
-_TRACES = (CONFIG, "metrics.jsonl", "checkpoints", SUMMARY)
+METRICS = "metrics.jsonl"
+_TRACES = (CONFIG, METRICS, CHECKPOINTS, SUMMARY)
 
 
 @dataclass(frozen=True)
@@ -53,10 +65,27 @@ def choose_run(config: Config, resume: str) -> RunChoice:
         return RunChoice(folder)
     if resume == "auto":
         return _choose_automatically(config, folder)
-    return _choose_explicitly(Path(resume), folder)
+    return _choose_explicitly(Path(expand_path(resume, "--resume")), folder)
 
 
 def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run with something to lose: a checkpoint, or a logged row of a step.
+
+    What a run left that ended before its first update may be overwritten. A file of a run's name counts as one where
+    there is no lock file: then it is not a run's, or nobody can tell.
+    """
+    if not _has_traces(folder):
+        return False
+    saved = folder / CHECKPOINTS
+    if not (folder / LOCK_NAME).exists() or list_checkpoints(saved) or list_checkpoints(saved / ABANDONED):
+        return True
+    try:
+        return any(row["step"] > 0 for row in read_rows(folder / METRICS))
+    except OSError:
+        return True
+
+
+def _has_traces(folder: Path) -> bool:
     """Whether a folder holds a file of a run (a lock file alone does not count)."""
     return any((folder / name).exists() for name in _TRACES)
 
@@ -92,15 +121,40 @@ def find_config(checkpoint: str, config: str | None) -> tuple[Path, Path]:
 
     Raises UserError when the path does not exist, or no config is given and none is found.
     """
-    path = Path(checkpoint)
+    path = Path(expand_path(checkpoint, "--checkpoint"))
     if not path.exists():
-        raise UserError(f"--checkpoint {path}: no such run, checkpoint or weights file")
+        raise UserError(f"--checkpoint {path}: no such run, checkpoint or weights file{missing_path_hint(path)}")
     if config is not None:
         return path, Path(config)
-    for folder in (path, *path.resolve().parents[:3]):
+    for folder in _around(path):
         if (folder / CONFIG).is_file():
             return path, folder / CONFIG
     raise UserError(f"--checkpoint {path}: does not lie in a run folder; give its config with --config FILE")
+
+
+def trained_classes(path: str | Path) -> list[str] | None:
+    """The classes, in order, that the run, checkpoint or weights at `path` were trained on.
+
+    Read from the checkpoint that they belong to, else from the run folder that they lie in; None where neither says.
+    """
+    real = Path(path).resolve()
+    runs = [folder / CLASSES for folder in _around(real) if (folder / CONFIG).is_file()]
+    for file in (real / PROGRESS_FILE, real.parent / PROGRESS_FILE, *runs):
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        classes = values.get("classes") if isinstance(values, dict) else values
+        if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
+            return classes
+    return None
+
+
+def classes_to_keep(config: Config, snapshot: "Snapshot | None") -> list[str] | None:
+    """The classes, in order, of the checkpoint to continue, else of the weights to start from; None: none are known."""
+    if snapshot is not None:
+        return list(snapshot.progress["classes"])
+    return None if config.model.checkpoint is None else trained_classes(config.model.checkpoint)
 
 
 def launcher_id() -> str | None:
@@ -109,6 +163,11 @@ def launcher_id() -> str | None:
     if run_id is None:
         return None
     return run_id if run_id != "none" else f"{socket.gethostname()}:{os.getppid()}"
+
+
+def _around(path: Path) -> Sequence[Path]:
+    """The folders that may be the run folder of a run, a checkpoint or a file in one."""
+    return (path, *path.resolve().parents[:3])
 
 
 def _run_of_this_launcher(config: Config, folder: Path | None) -> Path | None:
@@ -130,21 +189,44 @@ def _continue_restarted(folder: Path) -> RunChoice:
 
 def _choose_automatically(config: Config, folder: Path | None) -> RunChoice:
     if folder is not None:
-        if not holds_run(folder):
+        if not _has_traces(folder):
             return RunChoice(folder)
-        if read_summary(folder).get("status") == "done":
-            message = f"{folder} is finished, nothing to do; raise schedule.epochs and give --resume {folder} to go on"
-            return RunChoice(folder, status=0, message=message)
+        if read_summary(folder).get("status") == "done" and (ended := _nothing_to_do(config, folder)):
+            return RunChoice(folder, status=0, message=ended)
         return RunChoice(folder, checkpoint=folder, or_begin=True)
     unfinished = [run for run in _runs_named(config) if read_summary(run).get("status") != "done"]
+    unfinished.sort(key=holds_run, reverse=True)  # those without an update last
     return RunChoice(unfinished[0], checkpoint=unfinished[0], or_begin=True) if unfinished else RunChoice()
+
+
+def _nothing_to_do(config: Config, folder: Path) -> str | None:
+    """What to say of a finished run with nothing left to do; None if the schedule is longer than it was.
+
+    Raises UserError when the schedule ends before the run does, or the config changes what must stay.
+    """
+    try:
+        done = json.loads((folder / "checkpoints" / "last" / "progress.json").read_text(encoding="utf-8"))
+        step, per_epoch = int(done["step"]), int(done["updates_per_epoch"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # reading the checkpoint will tell
+    schedule = config.schedule
+    refuse_fixed(changed_keys(done.get("config"), config))
+    refuse_shorter(schedule, step, per_epoch)
+    if total_updates(schedule, per_epoch) > step:
+        return None
+    limits = {"schedule.epochs": schedule.epochs * per_epoch, "schedule.steps": schedule.steps}
+    keys = " and ".join(key for key, limit in limits.items() if limit == step)
+    return f"{folder} is finished at step {step}, nothing to do; raise {keys} to go on"
 
 
 def _choose_explicitly(path: Path, folder: Path | None) -> RunChoice:
     if not path.exists():
-        raise UserError(f"--resume {path}: no such run or checkpoint; give none, auto, a run folder or a checkpoint")
+        raise UserError(
+            f"--resume {path}: no such run or checkpoint; give none, auto, a run folder or a checkpoint"
+            + missing_path_hint(path)
+        )
     real = path.resolve()
-    if real.is_dir() and holds_run(real):
+    if real.is_dir() and _has_traces(real):
         owner: Path | None = path
     elif real.parent.name == "checkpoints":
         owner = real.parent.parent
@@ -165,4 +247,4 @@ def _runs_named(config: Config) -> list[Path]:
     parent = RUNS / str(config.run.name)
     if not parent.is_dir():
         return []
-    return sorted((run for run in parent.iterdir() if run.is_dir() and holds_run(run)), reverse=True)
+    return sorted((run for run in parent.iterdir() if run.is_dir() and _has_traces(run)), reverse=True)

@@ -11,6 +11,7 @@ from acmix.checkpoint.read import SoundCheckpoint, load_checkpoint, read_checkpo
 from acmix.checkpoint.snapshot import Snapshot
 from acmix.checkpoint.store import CheckpointStore
 from acmix.config import Config
+from acmix.config.resume import Changes, changed_keys, refuse_fixed
 from acmix.engine.lock import RunLock
 from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder
 from acmix.errors import UserError
@@ -32,6 +33,7 @@ class Session:
         self.config = config
         self.dist = dist
         self.folder: Path | None = None
+        self.changes: Changes = {}
         self._log: RunLog | None = None
         self._store: CheckpointStore | None = None
         self._held = ExitStack()
@@ -52,13 +54,17 @@ class Session:
     def load(self) -> Snapshot | None:
         """Lock the run to continue and read its checkpoint, once per rank; None for a run that begins.
 
-        Raises UserError when another process runs in the folder, or the checkpoint asked for cannot be read.
+        `changes` then holds what the config changes. Raises UserError when another process runs in the folder, the
+        checkpoint asked for cannot be read, or the config changes what must stay.
         """
         found = self.dist.on_main(self._find_checkpoint)
         folder = self.dist.from_main(None if found is None else str(found.folder))
         if folder is None:
             return None
-        return self.dist.all_or_none(lambda: load_checkpoint(Path(folder)) if found is None else found.snapshot())
+        snapshot = self.dist.all_or_none(lambda: load_checkpoint(Path(folder)) if found is None else found.snapshot())
+        self.changes = changed_keys(snapshot.progress.get("config"), self.config)
+        self.dist.all_or_none(lambda: refuse_fixed(self.changes))
+        return snapshot
 
     def open(self, classes: list[str], step: int) -> None:
         """Create the folder, or go on in it from `step`: config, classes, log and checkpoint store."""

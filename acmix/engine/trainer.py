@@ -14,16 +14,18 @@ from torch import Tensor
 
 from acmix.checkpoint.snapshot import Snapshot
 from acmix.config import Config
+from acmix.config.resume import describe_changes, explain_misfit
 from acmix.data.loader import Batch, Data
 from acmix.data.workers import worker_deaths_explained
 from acmix.engine.evaluate import Metrics, evaluate
 from acmix.engine.learner import Learner
 from acmix.engine.meter import Meter
 from acmix.engine.nonfinite import NonFiniteGuard
-from acmix.engine.progress import Progress, refuse_other_run, run_fingerprint
+from acmix.engine.progress import Progress, refuse_other_run, refuse_shorter, run_fingerprint, total_updates
 from acmix.engine.saver import Saver
 from acmix.engine.session import Session
 from acmix.engine.unreadable import count_unreadable
+from acmix.errors import UserError
 from acmix.process.distributed import Verdict
 from acmix.process.environment import describe_run
 from acmix.process.program import DONE, REQUEUE, ReportedElsewhere
@@ -57,15 +59,18 @@ class Trainer:
         self.guard = NonFiniteGuard(config.run.skip_nonfinite, learner, session)
         self.probes = find_probes(config.run.probes)
         self.steps_per_epoch = data.train.updates_per_epoch
-        whole = config.schedule.epochs * self.steps_per_epoch
-        self.total_steps = min(whole, config.schedule.steps or whole)
+        self.total_steps = total_updates(config.schedule, self.steps_per_epoch)
         self._saved_at: tuple[int, int] | None = None
 
     def resume(self, snapshot: Snapshot) -> None:
-        """Continue from a checkpoint. UserError when it belongs to another network, dataset, seed or global batch."""
+        """Continue from a checkpoint. UserError when it does not fit the config, the data or the processes."""
         saved = snapshot.progress
         refuse_other_run(saved, run_fingerprint(self.config, self.data, self.dist.world_size))
-        self.learner.load(snapshot.model, snapshot.ema, snapshot.training)
+        refuse_shorter(self.config.schedule, saved["step"], self.steps_per_epoch)
+        try:
+            self.learner.load(snapshot.model, snapshot.ema, snapshot.training)
+        except UserError as error:
+            raise UserError(explain_misfit(str(error), self.session.changes)) from None
         self.progress = Progress(**{key: saved[key] for key in asdict(Progress())})
         self._saved_at = (self.progress.step, self.progress.epoch)
 
@@ -199,11 +204,13 @@ class Trainer:
         self.session.log.start(
             {
                 "config": self.config.model_dump(mode="json"),
+                **({"changed": self.session.changes} if self.session.changes else {}),
                 "parameters": self.learner.parameters,
                 "steps": self.total_steps,
                 **describe_run(self.dist.device, self.dist.world_size),
             }
         )
+        self.session.log.line(*describe_changes(self.session.changes))
         self._log_probes(echo=True)
 
     def _log_probes(self, *, echo: bool = False, logged: bool = True) -> None:

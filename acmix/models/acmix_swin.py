@@ -21,6 +21,7 @@ from acmix.layers.trace import keep_traced_size
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.official import OfficialNames, register_official
+from acmix.models.windows import resize_bias_table, set_windows
 
 
 class SwinBlock(nn.Module):
@@ -74,6 +75,14 @@ class SwinBlock(nn.Module):
         x = x + self.drop_path(self.proj_drop(mixed))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def set_windows(
+        self, window_size: tuple[int, int], shift_size: tuple[int, int], resolution: tuple[int, int]
+    ) -> None:
+        """Change these arguments; position biases are interpolated for other windows."""
+        self.shift_size = shift_size
+        if isinstance(self.acmix.attention, WindowAttention):
+            set_windows(self.acmix.attention, window_size, shift_size, resolution)
+
 
 class SwinStage(nn.Module):
     """Patch merging, except in the first stage, and a row of blocks with every second one shifted.
@@ -100,14 +109,13 @@ class SwinStage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if in_dim == dim else PatchMerging(in_dim, dim)
-        rows, row_shift = _window(resolution[0], window_size[0])
-        columns, column_shift = _window(resolution[1], window_size[1])
+        windows, shift = _windows(resolution, window_size)
         self.blocks = nn.Sequential(
             *(
                 SwinBlock(
                     dim,
-                    window_size=(rows, columns),
-                    shift_size=(row_shift, column_shift) if index % 2 else (0, 0),
+                    window_size=windows,
+                    shift_size=shift if index % 2 else (0, 0),
                     resolution=resolution,
                     drop_path=drop_paths[index],
                     **block,
@@ -116,6 +124,17 @@ class SwinStage(nn.Module):
             )
         )
 
+    def set_input_size(
+        self, resolution: tuple[int, int], window_size: tuple[int, int], always_partition: bool = False
+    ) -> None:
+        """Change these arguments of all blocks; with `always_partition` small maps get whole windows and shifts too."""
+        windows, shift = _windows(resolution, window_size)
+        if always_partition:
+            windows, shift = window_size, (window_size[0] // 2, window_size[1] // 2)
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, SwinBlock)
+            block.set_windows(windows, shift if index % 2 else (0, 0), resolution)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -123,9 +142,22 @@ class SwinStage(nn.Module):
         return self.blocks(x)
 
 
-def _window(size: int, limit: int) -> tuple[int, int]:
-    """Window and shift along one side of a map: a map no larger than the window is one window and is not shifted."""
-    return (size, 0) if size <= limit else (limit, limit // 2)
+def _windows(resolution: tuple[int, int], limit: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Windows and shift of a map: a map no longer than the window along a side is one window there and not shifted."""
+    sides = [(size, 0) if size <= most else (most, most // 2) for size, most in zip(resolution, limit, strict=True)]
+    (rows, row_shift), (columns, column_shift) = sides
+    return (rows, columns), (row_shift, column_shift)
+
+
+def _grid(patch_embed: PatchEmbed) -> tuple[int, int]:
+    """Patches of an image of the size that `patch_embed` is built for, those that padding fills included."""
+    grid: tuple[int, int] = patch_embed.dynamic_feat_size(patch_embed.img_size)
+    return grid
+
+
+def _halved(resolution: tuple[int, int]) -> tuple[int, int]:
+    """Size of a map after patch merging."""
+    return (resolution[0] + 1) // 2, (resolution[1] + 1) // 2
 
 
 class ACmixSwin(nn.Module):
@@ -196,7 +228,9 @@ class ACmixSwin(nn.Module):
             dynamic_img_pad=True,
             output_fmt=self.output_fmt,
         )
-        resolution: tuple[int, int] = self.patch_embed.dynamic_feat_size(to_2tuple(img_size))
+        resolution = _grid(self.patch_embed)
+        self.always_partition = False
+        self._windows_of_grid = to_2tuple(window_size), resolution
         block = {
             "mlp_ratio": mlp_ratio,
             "proj_drop": proj_drop_rate,
@@ -212,7 +246,7 @@ class ACmixSwin(nn.Module):
         for index, depth in enumerate(depths):
             if index > 0:
                 dim, in_dim = 2 * dim, dim
-                resolution = (resolution[0] + 1) // 2, (resolution[1] + 1) // 2
+                resolution = _halved(resolution)
             self.layers.append(
                 SwinStage(
                     in_dim,
@@ -234,6 +268,49 @@ class ACmixSwin(nn.Module):
         )
         self.head_hidden_size = self.head.num_features
         self.init_weights()
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+        window_size: int | tuple[int, int] | None = None,
+        window_ratio: int | None = None,
+        always_partition: bool | None = None,
+    ) -> None:
+        """Rebuild the windows for images of another size; timm's arguments, None leaves each as it is.
+
+        Args:
+            img_size: Size of the images.
+            patch_size: Side of the patches; their projection is resampled.
+            window_size: Side of the windows, or (height, width).
+            window_ratio: Patches along a side of the image over those along a side of a window, in place of
+                window_size. With neither, the windows grow and shrink with the image.
+            always_partition: Cut and shift maps smaller than a window as larger ones.
+
+        Position biases of windows that change are interpolated. Raises ValueError for sizes below 1.
+        """
+        given = {"img_size": img_size, "patch_size": patch_size, "window_size": window_size, "ratio": window_ratio}
+        check_positive(**{name: size for name, size in given.items() if size is not None})
+        self.patch_embed.set_input_size(
+            img_size=None if img_size is None else to_2tuple(img_size), patch_size=patch_size
+        )
+        resolution = _grid(self.patch_embed)
+        windows, made_for = self._windows_of_grid
+        if window_size is not None:
+            windows, made_for = to_2tuple(window_size), resolution
+        elif window_ratio is not None:
+            windows, made_for = tuple(max(1, side // window_ratio) for side in resolution), resolution
+        self._windows_of_grid = windows, made_for
+        windows = tuple(max(1, w * side // made) for w, side, made in zip(windows, resolution, made_for, strict=True))
+        self.always_partition = self.always_partition if always_partition is None else always_partition
+        for index, stage in enumerate(self.layers):
+            if index > 0:
+                resolution = _halved(resolution)
+            assert isinstance(stage, SwinStage)
+            stage.set_input_size(resolution, windows, self.always_partition)
+        for index, info in enumerate(self.feature_info):
+            info["reduction"] = max(self.patch_embed.patch_size) * 2**index
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -344,7 +421,19 @@ class ACmixSwin(nn.Module):
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ACmixSwin:
     feature_cfg = {"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"}
-    return build_model_with_cfg(ACmixSwin, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model_with_cfg(
+        ACmixSwin, variant, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    )
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights of a network with other windows: timm's hook, which interpolates the position biases for these."""
+    attentions = {name: module for name, module in model.named_modules() if isinstance(module, WindowAttention)}
+    windows = {f"{name}.relative_position_bias_table": module.window_size for name, module in attentions.items()}
+    return {
+        name: resize_bias_table(value, windows[name]) if name in windows else value
+        for name, value in state_dict.items()
+    }
 
 
 _CFG = {

@@ -8,9 +8,10 @@ from typing import Any
 
 import timm
 from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
+from timm.layers import to_2tuple
 from torch import nn
 
-from acmix.errors import UserError
+from acmix.errors import UserError, one_line
 
 # Arguments of timm's factory that read files or change what comes back: the config has its own key for weights, and a
 # trainer needs a classifier.
@@ -23,17 +24,22 @@ _REFUSED = {
 }
 
 
-def create_model(name: str, num_classes: int = 1000, **kwargs: Any) -> nn.Module:
-    """Build a network of ours or of timm's, with new weights.
+def create_model(
+    name: str, num_classes: int = 1000, *, image_size: tuple[int, int] | None = None, **kwargs: Any
+) -> nn.Module:
+    """Build a network of ours or of timm's, with new weights, or with timm's where `pretrained` is true.
 
     Args:
         name: Name in timm's registry, which holds ours and those of any file with timm's `register_model`.
         num_classes: Width of the classifier.
+        image_size: (height, width) of the images. A network from outside timm that takes `img_size` is built for it;
+            None leaves that to the network.
         kwargs: Arguments of the network (`model.kwargs` in a config). For a network from outside timm whose entry
             point names its class (`-> ACmixResNet`), they are checked against the constructor's annotations first.
 
     Raises:
-        UserError: for an unknown name, an argument that the network does not take, or a value it refuses.
+        UserError: for an unknown name, an argument that the network does not take, a value it refuses, an `img_size`
+            that is not `image_size`, or pretrained weights that cannot be had.
     """
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -46,10 +52,55 @@ def create_model(name: str, num_classes: int = 1000, **kwargs: Any) -> nn.Module
     network = _network(name)
     if network is not None and not network.__module__.startswith("timm."):  # timm takes more than it annotates
         _check_types(name, network, kwargs)
+        kwargs |= _img_size(network, kwargs.get("img_size"), image_size)
+    if kwargs.get("pretrained"):
+        return _create_pretrained(name, num_classes, network, kwargs)
+    return _create(name, num_classes, network, kwargs)
+
+
+def _create(name: str, num_classes: int, network: type[nn.Module] | None, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=num_classes, **kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(_explain(name, network, error)) from error
+
+
+def _create_pretrained(
+    name: str, num_classes: int, network: type[nn.Module] | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    """The network with timm's weights. Raises UserError saying where they were sought and how to do without."""
+    if kwargs["pretrained"] is not True:
+        raise UserError(f"model.kwargs.pretrained: {kwargs['pretrained']!r} must be true or false")
+    if not timm.models.is_model_pretrained(name):
+        raise UserError(
+            f"model.kwargs.pretrained: No pretrained weights exist for {name}; leave it out to start with new weights, "
+            "or give a file of weights as model.checkpoint=FILE"
+        )
+    try:
+        return timm.create_model(name, num_classes=num_classes, **kwargs)
+    except Exception as error:
+        _create(name, num_classes, network, {**kwargs, "pretrained": False})  # other arguments may be at fault
+        weights = timm.models.get_pretrained_cfg(name)
+        assert weights is not None
+        place = f"huggingface.co/{weights.hf_hub_id}" if weights.hf_hub_id else weights.url or weights.file
+        raise UserError(
+            f"model.kwargs.pretrained: the weights of {name} ({place}) cannot be loaded: {one_line(error)}. Download "
+            "them on a machine that can, and give model.checkpoint=FILE in place of model.kwargs.pretrained"
+        ) from error
+
+
+def _img_size(network: type[nn.Module], given: Any, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """The `img_size` of a network that takes one: that of the images. Raises UserError where another one is given."""
+    if image_size is None or "img_size" not in inspect.signature(network).parameters:
+        return {}
+    if given is None:
+        return {"img_size": image_size[0] if len(set(image_size)) == 1 else image_size}
+    if to_2tuple(given) != image_size:
+        raise UserError(
+            f"model.kwargs.img_size: {given} is not data.image_size, {list(image_size)}; make them equal, or leave "
+            "model.kwargs.img_size out: it is then that of the images"
+        )
+    return {}
 
 
 def _network(name: str) -> type[nn.Module] | None:

@@ -4,6 +4,7 @@ Every parameter of ours is one official tensor, or several stacked by rows, up t
 the conversion there is. Each family's file registers its own table.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acmix.layers import ACmix, AttentionPath
+from acmix.layers import ACmix, AttentionPath, WindowAttention
+from acmix.models.windows import resize_bias_table
 
 # our name in a block → the official names in theirs whose rows, stacked, it is; the same in every family
 _EVERY_BLOCK = {
@@ -68,6 +70,8 @@ def register_official(names: OfficialNames) -> None:
 def load_official(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Load the authors' weights into a bare ACmix block or a network of a registered family, strictly.
 
+    Position biases that were made for other windows are interpolated, and a line on stderr says so.
+
     Every official tensor is used, except those that change nothing: the family's own (`OfficialNames.without_effect`)
     and a `dep_conv.bias` of zeros, which the authors' initialisation removes from the module before anything is saved.
 
@@ -84,6 +88,7 @@ def load_official(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     ours = module.state_dict()
     blocks = {path: block for path, block in module.named_modules() if isinstance(block, ACmix)}
     plan = dict(_plan(names, ours, blocks))
+    _fit_bias_tables(module, plan, given)
     expected = {name: shape for sources in plan.values() for name, shape in sources}
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
     problems = [f"missing: {name}" for name in expected if name not in given and name not in optional]
@@ -102,6 +107,22 @@ def load_official(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             if all(name in given for name, _ in sources):
                 stacked = torch.cat([given[name].flatten() for name, _ in sources])
                 ours[target].copy_(stacked.view(ours[target].shape))
+
+
+def _fit_bias_tables(module: nn.Module, plan: Mapping[str, list[tuple[str, tuple[int, ...]]]], given: Any) -> None:
+    """Interpolate the position biases that were made for other windows, and say so."""
+    other = 0
+    for target, sources in plan.items():
+        path, _, last = target.rpartition(".")
+        [(name, shape), *_] = sources
+        attention = module.get_submodule(path)
+        if not isinstance(attention, WindowAttention) or last != "relative_position_bias_table" or name not in given:
+            continue
+        if given[name].dim() == 2 and given[name].shape[0] != shape[0]:
+            given[name] = resize_bias_table(given[name], attention.window_size)
+            other += 1
+    if other:
+        print(f"warning: {other} tables of position biases are for other windows; interpolated", file=sys.stderr)
 
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

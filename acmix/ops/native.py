@@ -62,7 +62,8 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
     """The library that `source` gives for a scalar type and these macros; compiled if this machine has none yet.
 
     Libraries lie in $ACMIX_CACHE, or in ~/.cache/acmix, which only the user may write to; the name carries a digest of
-    everything that determines the content. Of processes that compile the same one, the last to finish replaces it.
+    everything that determines the content. Of processes that compile the same one, the last to finish replaces it. A
+    file that a full disk or a power cut has damaged is compiled again: to load it would crash the process.
 
     Raises:
         RuntimeError: if there is no C++ compiler or it fails; the message holds its output.
@@ -76,15 +77,34 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
     text = [file.read_text(), (_SOURCES / "maps.h").read_text()]
     recipe = "\0".join((*text, compiler, _version(compiler), _processor(), *_FLAGS, *defines))
     target = _cache_folder() / f"{file.stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
-    if not target.exists():
+    if not _is_intact(target):
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             built = Path(scratch) / target.name
             command = [compiler, *_FLAGS, *defines, f"-I{_SOURCES}", str(file), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+            _seal(built)
             built.replace(target)
     return ctypes.CDLL(str(target))
+
+
+def _seal(library: Path) -> None:
+    """Append a digest of the file to it, which loaders do not mind, and force both to the disk."""
+    digest = hashlib.sha256(library.read_bytes()).digest()
+    with library.open("ab") as file:
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_intact(library: Path) -> bool:
+    """Whether a file is there and ends in the digest of the rest."""
+    if not library.is_file():
+        return False
+    content = library.read_bytes()
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 @torch.compiler.assume_constant_result

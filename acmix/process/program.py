@@ -6,10 +6,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from acmix.errors import UserError
+from acmix.paths import path_argument
+from acmix.process.output import flush_output, unfailing_output
 
 if TYPE_CHECKING:
     from acmix.process.signals import StopSignals
@@ -27,7 +30,14 @@ _GRACE_SECONDS = 10.0
 
 
 class Arguments(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of printing its usage and ending the process."""
+    """An ArgumentParser that raises UserError instead of printing its usage and ending the process.
+
+    In arguments of type Path, `~` and variables are replaced.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", Path, path_argument)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError with the mistake and how to get help."""
@@ -53,8 +63,15 @@ def run_program(work: Callable[[], int], signals: "StopSignals | None" = None) -
     """Call `work` and return the exit status of the process; an error becomes one message on stderr.
 
     `UserError` prints `error: MESSAGE` (status 2, or the error's own `status`), any other exception its traceback
-    (status 1). Under torchrun the process ends here, without the teardown of its libraries.
+    (status 1). Under torchrun the process ends here, without the teardown of its libraries. No state of stdout or
+    stderr changes any of this. `signals` are watched while `work` runs; a program that has them is a run, which does
+    not wait for a reader that has stopped reading.
     """
+    with unfailing_output(wait=signals is None), signals or nullcontext():
+        return _run(work, signals)
+
+
+def _run(work: Callable[[], int], signals: "StopSignals | None") -> int:
     try:
         status = work()
     except ReportedElsewhere as error:
@@ -81,14 +98,14 @@ def leave_status(status: int) -> None:
     folder = os.environ.get(STATUS_FOLDER)
     if folder:
         attempt, rank = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("LOCAL_RANK", "0")
-        Path(folder, f"{attempt}-{rank}").write_text(str(status))
+        with suppress(OSError):  # a full disk must not keep the process from ending
+            Path(folder, f"{attempt}-{rank}").write_text(str(status))
 
 
 def end_now(status: int) -> NoReturn:
     """End the process without the teardown of its libraries, which may wait for processes that are gone."""
     leave_status(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(status)
 
 

@@ -14,18 +14,23 @@ from typing import Any, Self
 
 from acmix.process.program import REQUEUE, end_now
 
-HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
+"""Who starts a program with one of these ignored means it: nohup, or a shell without job control for `program &`."""
 ECHO_SECONDS = 0.5
 """A terminal signals the workers as well as the launcher, which passes it on: that echo is not a second request."""
 _DEFAULT_ACTION = 0  # SIG_DFL
 
 
 class StopSignals:
-    """Watches for SIGTERM, SIGUSR1, SIGINT and, under torchrun, for the launcher's death; a context manager.
+    """Watches for SIGTERM, SIGUSR1, SIGINT, SIGHUP and, under torchrun, for the launcher's death; a context manager.
+
+    SIGINT and SIGHUP stay ignored where they were ignored at the start.
 
     Until `begin`, called when all processes have met, a signal ends this one at once, with the status that asks for a
     requeue: there is nothing to save and no process waits for it. After `begin` the first signal asks for a stop at the
-    next step boundary; a second one, more than `ECHO_SECONDS` later, ends the process with the signal's default action.
+    next step boundary; a second one, more than `ECHO_SECONDS` later, ends the process with the signal's default action,
+    unless it is SIGHUP, which a closing terminal and its shell both send.
     Both work while the main thread waits inside a library, for another process or the GPU.
     """
 
@@ -41,10 +46,12 @@ class StopSignals:
         """Take over the signals; only possible in the main thread."""
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in HANDLED}
+        found: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in HANDLED}
+        stay = {number for number in _MAY_BE_IGNORED if found[number] == signal.SIG_IGN}
+        self._before = {number: handler for number, handler in found.items() if number not in stay}
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="acmix-signals", daemon=True).start()
-        for number in HANDLED:
+        for number in self._before:
             signal.signal(number, self._note)
         return self
 
@@ -98,7 +105,7 @@ class StopSignals:
             end_now(128 + number if number == signal.SIGINT else self.early_status)
         if not self._since:
             self._since = now
-        elif now - self._since > ECHO_SECONDS:
+        elif now - self._since > ECHO_SECONDS and number != signal.SIGHUP:
             # signal.signal works only in the main thread, which may be stuck; the C function works in any.
             ctypes.CDLL(None).signal(number, _DEFAULT_ACTION)
             os.kill(os.getpid(), number)

@@ -20,7 +20,8 @@ class Record:
 
     Args:
         path: the file.
-        keep_step: rows of later steps, `end` rows and unreadable lines are removed when the file is opened.
+        keep_step: rows of later steps, `end` rows and unreadable lines are removed when the file is opened; 0 keeps no
+            row.
 
     Raises UserError when the file cannot be opened or rewritten.
     """
@@ -89,7 +90,8 @@ class Record:
         """Drop rows after keep_step and the `end` row; the resumed run logs them again."""
         if not self.path.exists():
             return
-        keep = [row for row in read_rows(self.path) if row["event"] != "end" and row["step"] <= self.keep_step]
+        rows = read_rows(self.path) if self.keep_step > 0 else ()
+        keep = [row for row in rows if row["event"] != "end" and row["step"] <= self.keep_step]
         self._written = {(row["event"], row["step"]) for row in keep if row["event"] != "start"}
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in keep))
 

@@ -37,17 +37,22 @@ def complete_values() -> dict[str, Any]:
     return copy.deepcopy(COMPLETE)
 
 
-def field_schema(section: Any, key: Any) -> tuple[dict[str, Any], bool]:
-    """JSON schema of one key without its null, and whether null is allowed."""
+def field_schema(section: Any, key: Any) -> tuple[list[dict[str, Any]], bool]:
+    """JSON schema of each form that one key takes, null aside, and whether null is allowed."""
     field = SCHEMA["$defs"][SCHEMA["properties"][section]["$ref"].rsplit("/", 1)[1]]["properties"][key]
-    options = field.get("anyOf", [field])
+    options = forms(field)
     kept = [option for option in options if option.get("type") != "null"]
-    assert len(kept) == 1, (section, key)
-    return kept[0], len(kept) < len(options)
+    return kept, len(kept) < len(options)
 
 
-def wrong_types(field: dict[str, Any]) -> list[Any]:
-    """Values of every type that the field does not take."""
+def forms(field: dict[str, Any]) -> list[dict[str, Any]]:
+    """The members of a union in a JSON schema, also of one within another."""
+    members = field.get("anyOf") or field.get("oneOf")
+    return [form for member in members for form in forms(member)] if members else [field]
+
+
+def wrong_types(*fields: dict[str, Any]) -> list[Any]:
+    """Values of every type that none of a key's forms takes."""
     samples: dict[str, list[Any]] = {
         "integer": [7],
         "number": [0.5],
@@ -56,7 +61,8 @@ def wrong_types(field: dict[str, Any]) -> list[Any]:
         "array": [[], [1]],
         "object": [{}, {"a": 1}],
     }
-    accepted = {"integer": ("integer",), "number": ("integer", "number")}.get(field["type"], (field["type"],))
+    accepted = {field["type"] for field in fields}
+    accepted |= {"integer"} if "number" in accepted else set()
     return [value for kind, values in samples.items() if kind not in accepted for value in values]
 
 
@@ -125,7 +131,7 @@ def test_every_misspelt_key_is_refused_with_the_right_suggestion(tmp_path: Path,
 def test_every_wrong_type_is_refused_naming_file_line_and_key(tmp_path: Path, report: Callable[..., None]) -> None:
     tried = 0
     for section, key in KEYS:
-        for value in wrong_types(field_schema(section, key)[0]):
+        for value in wrong_types(*field_schema(section, key)[0]):
             message = refusal(mutated(section, key, value), tmp_path)
             assert f": {section}.{key}" in message, (section, key, value, message)
             assert "mutant.yaml:" in message
@@ -136,7 +142,7 @@ def test_every_wrong_type_is_refused_naming_file_line_and_key(tmp_path: Path, re
 def test_every_value_out_of_range_is_refused_naming_the_key(tmp_path: Path, report: Callable[..., None]) -> None:
     tried = 0
     for section, key in KEYS:
-        for value in out_of_range(field_schema(section, key)[0]):
+        for value in [value for form in field_schema(section, key)[0] for value in out_of_range(form)]:
             message = refusal(mutated(section, key, value), tmp_path)
             assert f": {section}.{key}" in message, (section, key, value, message)
             tried += 1

@@ -92,7 +92,7 @@ def plant(root: Path, rounds: int, make_folder: MakeFolder) -> set[tuple[str, st
         for folder, kind in ((f"train/empty_{number}", "empty_class"), (f"train/.hidden_{number}", "hidden_folder")):
             (root / folder).mkdir()
             planted.add((str(root / folder), kind))
-        planted.add((str(root / f"train/empty_{number}"), "class_mismatch"))
+        planted.add((str(root / f"train/empty_{number}"), "not_validated"))
         only_val = root / "val" / f"extra_{number}"
         only_val.mkdir()
         (only_val / "1.jpg").write_bytes(image_bytes(random))
@@ -186,3 +186,49 @@ def test_splits_are_found_by_name_or_the_folder_is_taken_as_it_is(tmp_path: Path
         find_splits(tmp_path, None, "val")
     with pytest.raises(UserError, match="gone: no such folder"):
         find_splits(tmp_path / "gone", None, None)
+
+
+def test_loops_are_named_once_and_dead_links_too(tmp_path: Path, make_folder: MakeFolder) -> None:
+    train = make_folder(tmp_path, train=6, classes=("ant", "bee", "cow")) / "train"
+    (train / "ant" / "up").symlink_to("../..")
+    (train / "bee" / "to_cow").symlink_to("../cow")
+    (train / "cow" / "to_bee").symlink_to("../bee")
+    (train / "cow" / "self").symlink_to("self")
+    (train / "gone").symlink_to("nowhere")
+    (train / "gone.jpg").symlink_to("nowhere.jpg")
+    report = check_folder(tmp_path)
+    assert found(report) == {
+        (str(train / "ant" / "up"), "link_loop"),
+        (str(train / "bee" / "to_cow" / "to_bee"), "link_loop"),
+        (str(train / "bee" / "to_cow" / "self"), "dead_link"),
+        (str(train / "cow" / "self"), "dead_link"),
+        (str(train / "gone"), "dead_link"),
+        (str(train / "gone.jpg"), "stray"),
+    }
+    assert report.fatal
+
+
+def test_classes_that_people_take_for_one_are_noted(tmp_path: Path, make_folder: MakeFolder) -> None:
+    make_folder(tmp_path, train=6, val=6, classes=("cat", "Cat", "cat "))
+    report = check_folder(tmp_path)
+    assert {problem.kind for problem in report.problems} == {"similar_classes"}
+    assert not report.fatal
+
+
+def test_a_class_that_is_not_validated_is_noted(
+    tmp_path: Path, make_folder: MakeFolder, make_config: MakeConfig
+) -> None:
+    shutil.rmtree(make_folder(tmp_path) / "val" / "dog")
+    report = check_folder(tmp_path)
+    assert (found(report), report.fatal) == ({(str(tmp_path / "train" / "dog"), "not_validated")}, False)
+    assert build_data(make_config(data__dataset="folder", data__root=tmp_path)).val.present == [0]
+
+
+def test_class_names_that_cannot_be_written_are_named_by_the_check_and_by_training(
+    tmp_path: Path, make_folder: MakeFolder, make_config: MakeConfig
+) -> None:
+    make_folder(tmp_path, classes=("cat", "d\udcffg"))
+    report = check_folder(tmp_path)
+    assert found(report) == {(str(tmp_path / split / "d\udcffg"), "bad_name") for split in ("train", "val")}
+    with pytest.raises(UserError, match=r"not UTF-8: .*/train/d\\xffg; rename"):
+        build_data(make_config(data__dataset="folder", data__root=tmp_path))

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from acmix.data.folders import FolderSource, TextTable, check_same_classes
+from acmix.config import Config
+from acmix.data.datasets import build_source
+from acmix.data.folders import FolderSource, TextTable
 from acmix.data.images import BadImage
 from acmix.errors import UserError
 
@@ -64,14 +66,6 @@ def test_hidden_folders_are_refused_by_name(place: str, tmp_path: Path, make_fol
         FolderSource(split)
 
 
-def test_classes_that_differ_are_named() -> None:
-    check_same_classes(["a", "b"], ["a", "b"], "train", "val")
-    with pytest.raises(UserError, match=r"only in T: c; only in V: d"):
-        check_same_classes(["a", "b", "c"], ["a", "b", "d"], "T", "V")
-    with pytest.raises(UserError, match=r"only in T: 0, 1, 2, 3, 4 and 5 more$"):
-        check_same_classes([str(i) for i in range(10)], [], "T", "V")
-
-
 def test_a_file_that_cannot_be_read_is_a_bad_image_and_keeps_its_place(tmp_path: Path, make_folder: MakeFolder) -> None:
     split = make_folder(tmp_path, train=4) / "train"
     (split / "cat" / "000.png").unlink()
@@ -80,3 +74,79 @@ def test_a_file_that_cannot_be_read_is_a_bad_image_and_keeps_its_place(tmp_path:
     assert len(source) == 4
     with pytest.raises(BadImage, match="No such file"):
         source.load(0)
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "/", "../cat/deep"])
+def test_a_link_back_to_a_folder_on_the_way_is_named(
+    target: str, tmp_path: Path, make_folder: MakeFolder, make_config: Callable[..., Config]
+) -> None:
+    split = make_folder(tmp_path / "data") / "train"
+    (split / "cat" / "deep").mkdir()
+    link = split / "cat" / ("deep/again" if target.endswith("deep") else "up")
+    link.symlink_to(target if link.name == "up" else "../../cat/deep")
+    expected = rf"^{link}: a link back to a folder it lies in \(.*\); remove the link$"
+    for name in ("folder", "torch/image_folder"):
+        data = make_config(data__dataset=name, data__root=tmp_path / "data").data
+        with pytest.raises(UserError, match=expected):
+            build_source(data, "train")
+
+
+def test_links_that_form_a_circle_or_a_class_are_named(tmp_path: Path, make_folder: MakeFolder) -> None:
+    split = make_folder(tmp_path) / "train"
+    (split / "cat" / "a").symlink_to("../dog")
+    (split / "dog" / "b").symlink_to("../cat")
+    with pytest.raises(UserError, match=rf"^{split}/cat/a/b: a link back"):
+        FolderSource(split)
+    (split / "cat" / "a").unlink()
+    (split / "dog" / "b").unlink()
+    (split / "all").symlink_to("..")
+    with pytest.raises(UserError, match=rf"^{split}/all: a link back"):
+        FolderSource(split)
+
+
+def test_links_to_other_folders_and_files_are_followed(tmp_path: Path, make_folder: MakeFolder) -> None:
+    split = make_folder(tmp_path / "data", train=4) / "train"
+    (tmp_path / "more").mkdir()
+    (split / "dog" / "001.png").rename(tmp_path / "more" / "1.png")
+    (split / "dog" / "more").symlink_to(tmp_path / "more")
+    (split / "dog" / "cats").symlink_to("../cat")
+    (split / "eel").symlink_to(tmp_path / "more")
+    (split / "eel2").mkdir()
+    (split / "eel2" / "1.png").symlink_to(tmp_path / "more" / "1.png")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    source = FolderSource(tmp_path / "link" / "train")
+    assert source.targets.tolist() == [0, 0, 1, 1, 1, 1, 2, 3]
+    assert source.load(7)[0].size == (16, 16)
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path: Path, make_folder: MakeFolder) -> None:
+    split = make_folder(tmp_path) / "train"
+    (split / "notes.txt").symlink_to("gone.txt")
+    FolderSource(split)
+    for link, target in ((split / "eel", "/mnt/gone"), (split / "cat" / "more", "more")):
+        link.symlink_to(target)
+        with pytest.raises(UserError, match=rf"{link} -> {target}.*mend or remove"):
+            FolderSource(split)
+        link.unlink()
+    (split / "cat" / "z.png").symlink_to("z.png")
+    with pytest.raises(BadImage, match=r"a link to z\.png"):
+        FolderSource(split).load(6)
+
+
+def test_files_of_other_formats_and_images_without_classes_are_explained(
+    tmp_path: Path, make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = make_folder(tmp_path) / "train"
+    for image in (split / "cat").iterdir():
+        image.rename(image.with_suffix(".npy"))
+    with pytest.raises(
+        UserError, match=r"without images: .*/cat; .* \(found .npy files; images are read from .bmp, .gif"
+    ):
+        FolderSource(split)
+    with pytest.raises(UserError, match=r"dog: no class folders; .*data.labels=FILE"):
+        FolderSource(split / "dog")
+    with pytest.raises(UserError, match=r"cat: no class folders; images belong into [^ ]*/CLASS/ \(found .npy files"):
+        FolderSource(split / "cat")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^gone: no such folder.*relative path, looked for from {tmp_path}\)"):
+        FolderSource(Path("gone") / "train")

@@ -75,8 +75,8 @@ def test_shards_pair_images_with_their_class(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-000.tar", {"a.cls": b"10\n", "a.png": png(1), "b.png": png(2), "b.cls": b"2"})
     write_tar(tmp_path / "train-001.tar", {"x/a.png": png(3), "x/a.json": b'{"label": 10}', "x/a.txt": b"caption"})
     source = shard_source(tmp_path, "train")
-    assert source.classes == ["2", "10"], "numbers sort as numbers"
-    assert values(source) == [(1, 1), (2, 0), (3, 1)]
+    assert source.classes == ["10", "2"], "as text, like folders"
+    assert values(source) == [(1, 0), (2, 1), (3, 0)]
 
 
 def test_shards_without_a_class_are_refused_naming_the_sample(tmp_path: Path) -> None:
@@ -152,6 +152,20 @@ def test_damaged_and_missing_tars_are_named(tmp_path: Path) -> None:
     write_tar(path, {"readme.txt": b"x"})
     with pytest.raises(UserError, match=r"no images inside"):
         tar_source(tmp_path, "train")
+
+
+def test_classes_of_a_tar_sort_as_text_and_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    files = {f"{number}/1.png": png(number) for number in (1, 2, 10, 100)}
+    write_tar(tmp_path / "train.tar", {**files, "1/._1.png": b"mac"})
+    source = tar_source(tmp_path, "train")
+    assert source.classes == ["1", "10", "100", "2"]
+    assert values(source) == [(1, 0), (10, 1), (100, 2), (2, 3)]
+    write_tar(tmp_path / "val.tar", {**files, "1/.ipynb_checkpoints/1.png": png(1)})
+    with pytest.raises(UserError, match=r"val.tar: member 1/.ipynb_checkpoints/1.png: a hidden folder"):
+        tar_source(tmp_path, "val")
+    write_tar(tmp_path / "val.tar", {"cat/1.npy": b"x"})
+    with pytest.raises(UserError, match=r"no images inside \(found .npy files; images are read from"):
+        tar_source(tmp_path, "val")
 
 
 def test_a_tar_that_shrinks_after_it_was_indexed_gives_a_bad_image(tmp_path: Path) -> None:

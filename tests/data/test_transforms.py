@@ -114,6 +114,60 @@ def test_validation_of_large_images_crops_the_centre(make_config: MakeConfig) ->
     assert build_val_transform(config, PLAIN)(image).min() == 0
 
 
+@pytest.mark.parametrize("crop", ["random_resized", "pad", "none"])
+@pytest.mark.parametrize("size", [(16, 16), (60, 20), (9, 41)])
+def test_images_may_be_higher_than_wide_or_wider_than_high(
+    size: tuple[int, int], crop: str, make_config: MakeConfig
+) -> None:
+    for wanted in ((24, 10), (10, 24), (96, 128)):
+        config = make_config(data__image_size=wanted, augment__crop=crop, augment__auto_augment="rand-m9-n2")
+        assert samples(config, noise(*size), 1)[0].shape == (3, *wanted)
+        assert build_val_transform(config, PLAIN)(noise(*size)).shape == (3, *wanted)
+
+
+def test_an_image_is_resized_no_further_than_the_crop_needs(make_config: MakeConfig) -> None:
+    image = noise(40, 20)
+    seen = build_val_transform(make_config(data__image_size=[20, 10]), PLAIN)(image)  # the height is right already
+    assert torch.equal(seen, torch.from_numpy(np.array(image)[:, 15:25]).permute(2, 0, 1) / 255)
+
+
+def test_a_pair_of_equal_sides_is_the_side(make_config: MakeConfig) -> None:
+    for crop in ("random_resized", "pad", "none"):
+        side, pair = (
+            make_config(data__image_size=size, augment__crop=crop, augment__auto_augment="rand-m9-mstd0.5")
+            for size in (72, [72, 72])
+        )
+        assert all(map(torch.equal, samples(side, noise(90, 70), 4), samples(pair, noise(90, 70), 4)))
+        transforms = [build_val_transform(config, PLAIN) for config in (side, pair)]
+        assert torch.equal(*(transform(noise(90, 70)) for transform in transforms))
+
+
+def test_grey_images_lose_their_colour_after_what_needs_it(make_config: MakeConfig) -> None:
+    grey = {"model": {"name": "none", "kwargs": {"in_chans": 1}}}
+    plain = make_config(augment__crop="none", augment__hflip=0.0)
+    config = Config.model_validate(plain.model_dump() | grey)
+    image = noise(16, 16)
+    zero_one = Statistics((0.0,), (1.0,))
+    expected = torch.from_numpy(np.array(image.convert("L")))[None] / 255
+    assert torch.equal(build_val_transform(config, zero_one)(image), expected)
+    assert torch.equal(build_train_transform(config, zero_one)(image), expected)
+    strong = {"augment": {"crop": "pad", "auto_augment": "original", "color_jitter": 0.4, "erase_prob": 1.0}}
+    transform = build_train_transform(Config.model_validate(config.model_dump() | strong), zero_one)
+    with preserved_generators():
+        seed_generators(0)
+        assert all(transform(image).shape == (1, 16, 16) for _ in range(40))
+
+
+def test_statistics_are_those_of_the_grey_image_unless_given_with_one_number(make_config: MakeConfig) -> None:
+    own = {"data__mean": [0.5, 0.25, 0.75], "data__std": [0.2, 0.2, 0.2]}
+    statistics = statistics_of(make_config(**own).data, 1)
+    assert statistics.mean == pytest.approx([0.299 * 0.5 + 0.587 * 0.25 + 0.114 * 0.75])
+    assert statistics.std == pytest.approx([0.2])
+    one = make_config(data__mean=[0.3], data__std=0.4).data
+    assert statistics_of(one, 1) == Statistics((0.3,), (0.4,))
+    assert statistics_of(one) == Statistics((0.3,) * 3, (0.4,) * 3)
+
+
 def test_validation_draws_no_random_number(make_config: MakeConfig) -> None:
     transform = build_val_transform(make_config(data__image_size=96), PLAIN)
     with preserved_generators():

@@ -255,10 +255,8 @@ def test_what_an_optimizer_keeps_in_its_groups_comes_from_the_checkpoint(name: s
 def test_state_that_the_optimizer_cannot_use_is_refused(build: Build) -> None:
     original = after_steps(build(optimizer={"name": "adamw", "lr": 0.01}), 1)
     resumed = build(optimizer={"name": "adamw", "lr": 0.01, "kwargs": {"amsgrad": True}})
-    resumed.load(original.model.state_dict(), None, original.training_state())
-    resumed.gradients([make_batch(8)], 2)
-    with pytest.raises(UserError, match=r"has no 'max_exp_avg_sq', which adamw needs .* optimizer\.kwargs"):
-        resumed.update(2)
+    with pytest.raises(UserError, match="has no 'max_exp_avg_sq', which adamw needs"):
+        resumed.load(original.model.state_dict(), None, original.training_state())
     undecayed = build(optimizer={"name": "adamw", "lr": 0.01, "weight_decay": 0.0})
     with pytest.raises(UserError, match="does not fit this model or optimizer: its parameters are in 2 groups, now in"):
         undecayed.load(original.model.state_dict(), None, original.training_state())

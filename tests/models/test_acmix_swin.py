@@ -41,6 +41,54 @@ def test_a_network_built_for_a_size_gives_the_same_as_one_that_meets_it_at_the_c
     torch.testing.assert_close(meeting(x), built(x))
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # in timm
+def test_set_input_size_makes_the_windows_and_position_biases_of_timm():
+    ours = timm.create_model("acmix_swin_tiny", embed_dim=24, num_classes=5)
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24, num_classes=5)
+
+    def tables(model):
+        return [table for name, table in model.named_parameters() if name.endswith("bias_table")]
+
+    with torch.no_grad():
+        for own, other in zip(tables(ours), tables(theirs), strict=True):
+            own.copy_(other)
+    for sizes in ({"img_size": (288, 256)}, {"window_size": (4, 6)}, {"img_size": (96, 160), "window_size": 8}):
+        for model in (ours, theirs):
+            model.set_input_size(**sizes)
+        torch.testing.assert_close(tables(ours), tables(theirs))
+        assert windows(ours) == [(stage.blocks[1].window_size, stage.blocks[1].shift_size) for stage in theirs.layers]
+
+
+def test_a_network_set_to_a_size_is_one_built_for_it():
+    torch.manual_seed(0)
+    model = timm.create_model("acmix_swin_tiny", img_size=32, window_size=4, **SMALL).double().eval()
+    state, x = torch.get_rng_state(), torch.randn(1, 3, 64, 48, dtype=torch.float64)
+    model.set_input_size(img_size=(64, 48), window_size=6)
+    built = timm.create_model("acmix_swin_tiny", img_size=(64, 48), window_size=6, **SMALL).double().eval()
+    built.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(x), built(x))
+    assert windows(model) == windows(built)
+    torch.set_rng_state(state)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.set_input_size(img_size=(64, 48))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="img_size must be at least 1"):
+        model.set_input_size(img_size=0)
+
+
+@pytest.mark.parametrize(("ratio", "partition"), [(8, None), (4, True)])
+def test_windows_may_follow_from_a_ratio_and_cut_small_maps_too(ratio, partition):
+    ours = timm.create_model("acmix_swin_tiny", img_size=64, window_size=4, **SMALL)
+    ours.set_input_size(patch_size=4, window_ratio=ratio, always_partition=partition)
+    side = 16 // ratio
+    whole = (side, side), (side // 2, side // 2)
+    assert windows(ours)[:2] == [whole, whole]
+    assert windows(ours)[3] == (whole if partition else ((2, 2), (0, 0)))
+    assert [info["reduction"] for info in ours.feature_info] == [4, 8, 16, 32]
+    assert ours.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
 def test_the_shift_is_undone_and_moves_nothing_but_the_windows():
     torch.manual_seed(0)
     model = timm.create_model("acmix_swin_tiny", img_size=32, window_size=4, mix="convolution", **SMALL)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
 from acmix import ACmix, models
@@ -65,6 +66,21 @@ def test_logits_match_the_authors_network(name, network, impl):
     with torch.no_grad():
         got = model(images)
     assert float((got - logits).norm() / logits.norm()) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # in timm
+def test_the_authors_position_biases_are_interpolated_for_another_size(capsys):
+    weights, _ = official_weights("swin_tiny")
+    model = timm.create_model("acmix_swin_tiny", img_size=(96, 192))  # last stages 6×12, 3×6
+    models.load_official(model, weights)
+    for block, windows in ((0, (6, 7)), (1, (3, 6))):
+        stage, official = model.layers[2 + block].blocks[1].acmix, f"layers.{2 + block}.blocks.1.attn"
+        table = weights[f"{official}.relative_position_bias_table"].float()
+        assert stage.attention.window_size == windows
+        shape = tuple(stage.attention.relative_position_bias_table.shape)
+        expected = resize_rel_pos_bias_table(table, new_window_size=windows, new_bias_shape=shape)
+        torch.testing.assert_close(stage.attention.relative_position_bias_table.detach(), expected)
+    assert "8 tables of position biases are for other windows; interpolated" in capsys.readouterr().err
 
 
 def block_weights(channels: int = 8, heads: int = 2) -> dict[str, Tensor]:

@@ -197,3 +197,19 @@ def test_a_failing_compiler_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(RuntimeError, match=r"(?s)attention\.cpp .*failed:.*error"):
         native.library("local_attention/attention.cpp", torch.float32, LANES=16)  # K is missing
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped"])
+def test_a_damaged_library_is_compiled_again(damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACMIX_CACHE", str(tmp_path))
+    native.library.cache_clear()
+    native.library("shift_conv/convolution.cpp", torch.float32, K=3, N=1, LANES=16)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    other = bytes([whole[5000] ^ 1])
+    file.unlink()  # the process has the old one mapped: to write into it would crash it
+    file.write_bytes({"cut": whole[:1000], "emptied": b"", "flipped": whole[:5000] + other + whole[5001:]}[damage])
+    native.library.cache_clear()
+    assert native.library("shift_conv/convolution.cpp", torch.float32, K=3, N=1, LANES=16).forward
+    assert file.read_bytes() == whole
+    native.library.cache_clear()
