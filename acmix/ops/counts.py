@@ -1,9 +1,10 @@
 """What torch.utils.flop_counter.FlopCounterMode counts for our custom operations: twice the multiply-adds of the paper.
 
 The count is the same whichever implementation of a custom operation runs. What runs in plain PyTorch (`reference`, the
-`unfolded` and `dense` convolutions, all inside torch.func) is counted by PyTorch as it runs, and sums of products that
-are written as elementwise operations not at all; `acmix.telemetry.flops` counts every path by the paper. A backward
-pass counts twice its forward pass: two gradients for each product, nothing for what is computed again.
+`unfolded` and `dense` convolutions, any convolution off the CPU, all inside torch.func) is counted by PyTorch as it
+runs, and sums of products that are written as elementwise operations not at all; `acmix.telemetry.flops` counts every
+path by the paper. A backward pass counts twice its forward pass: two gradients for each product, nothing for what is
+computed again.
 """
 
 from math import prod
