@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from acmix.layers.derived import DerivedBuffers
+from acmix.layers.fixed_size import with_fixed_size
 from acmix.layers.path import ParityCase, Path, strided_numel
 from acmix.layers.plain import is_plain
-from acmix.layers.trace import keep_traced_size
 from acmix.ops import local_attention
 from acmix.ops.implementations import transformed
 
@@ -177,7 +177,7 @@ class WindowAttention(DerivedBuffers, AttentionPath):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def pad(self, x: Tensor) -> Tensor:
-        x = keep_traced_size(x)
+        x = with_fixed_size(x)
         height, width = x.shape[-2:]
         rows, columns = self._padded(height, width)
         return x if (rows, columns) == (height, width) else F.pad(x, (0, columns - width, 0, rows - height))

@@ -17,7 +17,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from acmix.layers import ACmix, WindowAttention, path_weights
-from acmix.layers.trace import keep_traced_size
+from acmix.layers.fixed_size import with_fixed_size
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.official import OfficialNames, register_official
@@ -405,7 +405,7 @@ class ACmixSwin(nn.Module):
         return take
 
     def _embed(self, x: Tensor) -> Tensor:
-        return self.patch_embed(keep_traced_size(x))
+        return self.patch_embed(with_fixed_size(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the normalised map of the last stage (B, h, w, num_features)."""

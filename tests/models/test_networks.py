@@ -228,7 +228,7 @@ def test_a_traced_network_gives_the_same_logits(name, kwargs):
         if name == RESNET[0]:
             torch.testing.assert_close(traced(x), model(x))
         else:
-            with pytest.raises(RuntimeError, match=r"keep_traced_size[\s\S]*expanded size"):
+            with pytest.raises(RuntimeError, match=r"with_fixed_size[\s\S]*expanded size"):
                 traced(x)
 
 
