@@ -91,9 +91,10 @@ def test_a_closed_terminal_stops_a_run_like_any_signal_unless_it_is_ignored(nohu
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     options = {"stdout": subprocess.DEVNULL, "preexec_fn": ignore if nohup else None}
-    program = start(*TINY[:-1], "schedule.steps=40", f"run.dir={tmp_path}/run", **options)
-    for _ in range(600):
-        time.sleep(0.1)
+    steps = 40 if nohup else 700  # the signal must find a run that has not ended
+    program = start(*TINY[:-1], f"schedule.steps={steps}", f"run.dir={tmp_path}/run", **options)
+    for _ in range(1200):
+        time.sleep(0.05)
         record = tmp_path / "run" / "metrics.jsonl"
         if record.exists() and any(row["event"] == "train" for row in rows(tmp_path / "run")):
             break
