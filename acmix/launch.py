@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from acmix.process.program import DONE, FAILED, STATUS_FOLDER, run_program
+from acmix.process.program import DONE, FAILED, REQUEUE, STATUS_FOLDER, run_program
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
@@ -48,11 +48,15 @@ def launch(arguments: Sequence[str] | None) -> int:
 
 
 def _status_of_workers(folder: Path) -> int:
-    """The exit status that all workers of the last attempt left; 1 if they differ or left none."""
+    """The exit status that all workers of the last attempt left; 1 if they differ or left none.
+
+    A worker that was still starting when another ended is stopped by torchrun: its 75 does not count beside an error.
+    """
     found = [(int(file.name.partition("-")[0]), int(file.read_text())) for file in folder.iterdir()]
     last = max((attempt for attempt, _ in found), default=0)
     statuses = {status for attempt, status in found if attempt == last}
-    return statuses.pop() if len(statuses) == 1 and statuses != {DONE} else FAILED
+    decisive = statuses - {REQUEUE} or statuses
+    return decisive.pop() if len(decisive) == 1 and decisive != {DONE} else FAILED
 
 
 if __name__ == "__main__":

@@ -87,13 +87,16 @@ def test_characters_that_a_stream_cannot_hold_are_escaped(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_closed_terminal_stops_a_run_like_any_signal_unless_it_is_ignored(nohup: bool, tmp_path: Path) -> None:
-    def ignore() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    def start_in_a_terminal() -> (
+        None
+    ):  # whatever started the tests may itself ignore the signal, and we would inherit that
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
 
-    options = {"stdout": subprocess.DEVNULL, "preexec_fn": ignore if nohup else None}
-    program = start(*TINY[:-1], "schedule.steps=40", f"run.dir={tmp_path}/run", **options)
-    for _ in range(600):
-        time.sleep(0.1)
+    options = {"stdout": subprocess.DEVNULL, "preexec_fn": start_in_a_terminal}
+    steps = 40 if nohup else 700  # the signal must find a run that has not ended
+    program = start(*TINY[:-1], f"schedule.steps={steps}", f"run.dir={tmp_path}/run", **options)
+    for _ in range(1200):
+        time.sleep(0.05)
         record = tmp_path / "run" / "metrics.jsonl"
         if record.exists() and any(row["event"] == "train" for row in rows(tmp_path / "run")):
             break

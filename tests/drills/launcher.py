@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import threading
 import traceback
@@ -25,6 +26,8 @@ PRELOAD = ("torch", "timm", "torchvision", "sklearn.datasets", "torch.utils.tens
 def become(request: dict[str, Any]) -> None:
     """Turn this forked process into the program asked for, up to running it."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
     for name, flags, descriptor in (
         (os.devnull, os.O_RDONLY, 0),
         (request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 1),

@@ -135,6 +135,7 @@ def test_killed_worker_restarts_by_itself_and_ends_bit_identical(
     [
         pytest.param("SIGTERM", LAUNCH, 75, id="SIGTERM to acmix.launch"),
         pytest.param("SIGUSR1", LAUNCH, 75, id="SIGUSR1 to acmix.launch", marks=pytest.mark.drill),
+        pytest.param("SIGHUP", LAUNCH, 75, id="SIGHUP to acmix.launch", marks=pytest.mark.drill),
         pytest.param("SIGTERM", TORCHRUN, 1, id="SIGTERM to torchrun", marks=pytest.mark.drill),
         pytest.param("SIGUSR1", TORCHRUN, -signal.SIGUSR1, id="SIGUSR1 to torchrun", marks=pytest.mark.drill),
         pytest.param("SIGKILL", TORCHRUN, -signal.SIGKILL, id="SIGKILL to torchrun", marks=pytest.mark.drill),

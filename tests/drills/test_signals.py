@@ -46,7 +46,13 @@ def assert_stopped_well(folder: Path, programs: list[Any], sent: float) -> None:
     assert logged_steps(folder) == list(range(1, step + 1))
 
 
-MOMENTS = [("SIGTERM", "train", 1), ("SIGUSR1", "train", 3), ("SIGINT", "train", 3), ("SIGTERM", "eval", 2)]
+MOMENTS = [
+    ("SIGTERM", "train", 1),
+    ("SIGUSR1", "train", 3),
+    ("SIGINT", "train", 3),
+    ("SIGHUP", "train", 2),
+    ("SIGTERM", "eval", 2),
+]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -268,3 +268,20 @@ def test_compiled_learner_has_plain_names_and_the_same_loss(build: Build) -> Non
     batch = make_batch(8)
     torch.testing.assert_close(compiled.loss(batch, 1), eager.loss(batch, 1))
     assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
+
+
+class TwoHeaded(nn.Module):
+    """Gives one output in evaluation and two in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        out = self.inner(x)
+        return (out, out) if self.training else out
+
+
+def test_a_network_of_several_outputs_in_training_is_refused(build: Build) -> None:
+    with pytest.raises(UserError, match=r"^model\.name: test gives a tuple in training"):
+        build(TwoHeaded().train()).gradients([make_batch(4)], 1)

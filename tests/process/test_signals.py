@@ -8,15 +8,18 @@ import time
 
 import pytest
 
-from acmix.process.signals import HANDLED, StopSignals
+from acmix.process.signals import ECHO_SECONDS, HANDLED, StopSignals
 
 
 @pytest.fixture
 def signals(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in HANDLED}  # nohup or & may ignore some
     with StopSignals() as watching:
         watching.begin()
         yield watching
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", HANDLED)
@@ -61,6 +64,28 @@ def test_signal_that_ends_the_process(begin: str, wait: float, status: int, busy
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
         assert process.wait(10) == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_signal_ignored_at_the_start_stays_ignored(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignals() as watching:
+            watching.begin()
+            os.kill(os.getpid(), number)
+            assert not watching.requested
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_terminal_that_closes_is_no_second_request(signals: StopSignals) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(ECHO_SECONDS + 0.2)
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(0.2)  # time for the thread that would end this process
+    assert signals.reason == "SIGINT"
 
 
 def test_loss_of_the_launcher_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_bad_usage_exits_2_with_one_message(root: Path, tmp_path: Path) -> None:
         [root, "--workers", -1],
         [root, "--bogus"],
         [],
-        [root, "--json", tmp_path / "no" / "where.json"],
+        [root, "--json", "/proc/no/where.json"],
     ):
         done = run(*arguments)
         assert done.returncode == 2
