@@ -9,10 +9,14 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
+from acmix.layers.derived import DerivedBuffers
+from acmix.layers.fixed_size import with_fixed_size
 from acmix.layers.path import ParityCase, Path, strided_numel
 from acmix.layers.plain import is_plain
 from acmix.ops import local_attention
+from acmix.ops.implementations import transformed
 
 
 class AttentionPath(Path):
@@ -51,7 +55,9 @@ class AttentionPath(Path):
         # scaling the matrix is cheaper than scaling a map
         bias = None if self.proj.bias is None else scale * self.proj.bias
         out = F.linear(out.permute(0, 2, 3, 1), scale * self.proj.weight, bias).permute(0, 3, 1, 2)
-        return out if add_to is None else out.add_(add_to)
+        if add_to is None:
+            return out
+        return out + add_to if transformed() else out.add_(add_to)  # vmap allows this only if `out` has its dimension
 
     def projection_multiply_adds(self, shape: Sequence[int]) -> int:
         """Multiply-adds of `proj` over maps of this shape; 0 without one. For `multiply_adds` of a path that has it."""
@@ -117,7 +123,7 @@ class LocalAttention(AttentionPath):
         )
 
 
-class WindowAttention(AttentionPath):
+class WindowAttention(DerivedBuffers, AttentionPath):
     """Swin's window attention with relative position bias and output projection (paper section 4, the Swin version).
 
     The map is taken as already shifted: `shift` only says which pixels of a window were not neighbours before.
@@ -154,18 +160,24 @@ class WindowAttention(AttentionPath):
         rows, columns = window_size
         table = torch.empty((2 * rows - 1) * (2 * columns - 1), heads)
         self.relative_position_bias_table = nn.Parameter(table)
-        self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
-        padded = None if resolution is None else self._padded(*resolution)
-        mask = self._make_mask(*padded) if padded and any(shift) else None
-        self.register_buffer("shift_mask", mask, persistent=False)
-        self.mask_resolution = padded
+        self.mask_resolution = None if resolution is None else self._padded(*resolution)
+        self.register_buffer("shift_mask", None, persistent=False)
+        self.register_derived_buffers()
         self.reset_parameters()
+
+    def derived_buffers(self) -> dict[str, Tensor]:
+        buffers = {"relative_position_index": relative_position_index(self.window_size)}
+        if self.mask_resolution is not None and any(self.shift):
+            buffers["shift_mask"] = self._make_mask(*self.mask_resolution)
+        return buffers
 
     def reset_parameters(self) -> None:
         """Draw the bias table from a normal distribution of standard deviation 0.02, as Swin does."""
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        if not is_fake(self.relative_position_bias_table):  # PyTorch draws again what falls outside, so it must see it
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def pad(self, x: Tensor) -> Tensor:
+        x = with_fixed_size(x)
         height, width = x.shape[-2:]
         rows, columns = self._padded(height, width)
         return x if (rows, columns) == (height, width) else F.pad(x, (0, columns - width, 0, rows - height))
@@ -175,7 +187,7 @@ class WindowAttention(AttentionPath):
         bias = self.bias(height, width)
         q, k, v = (self._to_windows(m, len(bias)) for m in (q, k, v))
         bias = bias.flatten(0, 1).to(q.dtype)
-        if q.device.type == "cpu" and bias.requires_grad:
+        if q.device.type == "cpu" and bias.requires_grad and not torch.jit.is_tracing():
             # The CPU's fused kernel has no gradient for the bias, and its fallback takes a third longer than this.
             out = ((q * self.head_dim**-0.5) @ k.mT).add_(bias).softmax(-1) @ v
         else:

@@ -1,5 +1,7 @@
 """The ACmix block: one set of projections, two paths, one mix."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,9 @@ from acmix.layers.convolution import ShiftConv
 from acmix.layers.mix import PathMix
 from acmix.layers.path import Path
 from acmix.layers.plain import is_observed, is_plain
+from acmix.ops.implementations import transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
+from acmix.ops.maps import are_dynamic
 
 SMALL_MAP = 64  # pixels up to which, on a CPU, a matrix product is the faster projection; measured
 
@@ -32,10 +36,11 @@ class ACmix(nn.Module):
         impl: Implementation of local attention; `reference` and `cpp` hold for the convolution path too, which
             otherwise chooses for itself.
         stage: 1-based stage of the network, for logs.
+        device, dtype: Of the parameters, as for PyTorch's modules.
 
     Raises:
         ValueError: if heads do not divide out_channels, a kernel is even, or a name is unknown; at the call, for
-            a map too small for the window.
+            an input of another shape or of integers, or a map too small for the window.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class ACmix(nn.Module):
         conv_bias: bool = False,
         impl: str = "auto",
         stage: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if heads < 1 or out_channels % heads:
@@ -66,17 +73,20 @@ class ACmix(nn.Module):
         impl = LOCAL_ATTENTION.canonical(impl)
         head_dim = out_channels // heads
         self.in_channels, self.out_channels, self.heads, self.stride = in_channels, out_channels, heads, stride
-        self.mix = PathMix(mix, stage)
-        self.qkv = nn.Linear(in_channels, 3 * out_channels)  # rows: q, k, v, each (head, head_dim)
-        self.attention: AttentionPath | None = None
-        self.convolution: ShiftConv | None = None
-        if self.mix.has_attention:
-            self.attention = attention or LocalAttention(heads, head_dim, kernel_att, stride, dilation, impl=impl)
-        if self.mix.has_convolution:
-            conv_impl = impl if impl in ("reference", "cpp") else "auto"
-            self.convolution = ShiftConv(
-                heads, head_dim, kernel_conv, stride, dilation, kind=shift, bias=conv_bias, impl=conv_impl
-            )
+        with nullcontext() if device is None else torch.device(device):
+            self.mix = PathMix(mix, stage)
+            self.qkv = nn.Linear(in_channels, 3 * out_channels)  # rows: q, k, v, each (head, head_dim)
+            self.attention: AttentionPath | None = None
+            self.convolution: ShiftConv | None = None
+            if self.mix.has_attention:
+                self.attention = attention or LocalAttention(heads, head_dim, kernel_att, stride, dilation, impl=impl)
+            if self.mix.has_convolution:
+                conv_impl = impl if impl in ("reference", "cpp") else "auto"
+                self.convolution = ShiftConv(
+                    heads, head_dim, kernel_conv, stride, dilation, kind=shift, bias=conv_bias, impl=conv_impl
+                )
+        if dtype is not None:
+            self.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)), any memory format.
@@ -84,6 +94,7 @@ class ACmix(nn.Module):
         Where the mix or a path has hooks, is wrapped or replaced, all three are called as modules, each with its own
         map. Otherwise the paths are computed straight into their weighted sum: the same up to rounding.
         """
+        self._check(x)
         height, width = x.shape[-2:]
         pad = getattr(self.attention, "pad", None)  # a wrapper around the path may lack it
         x = x if pad is None else pad(x)
@@ -102,6 +113,16 @@ class ACmix(nn.Module):
         convolved = self.convolution(*inner, scale=beta)
         return convolved if self.attention is None else self.attention(q, k, v, scale=alpha, add_to=convolved)
 
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"ACmix wants maps (B, in_channels, H, W) with in_channels = {self.in_channels}, got {tuple(x.shape)}: "
+                f"give one image a batch dimension by x[None], make tokens (B, H * W, C) a map by "
+                f"x.mT.unflatten(2, (H, W)), move channels from the end by x.permute(0, 3, 1, 2)"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"ACmix wants floating-point maps, got {x.dtype}: convert them, such as by x.float()")
+
     def _can_fuse(self) -> bool:
         paths = (path for path in (self.attention, self.convolution) if path is not None)
         return is_plain(self.mix, PathMix) and all(isinstance(p, Path) and not is_observed(p) for p in paths)
@@ -111,9 +132,10 @@ class ACmix(nn.Module):
         return out[..., : -(-height // self.stride), : -(-width // self.stride)]
 
     def _project(self, x: Tensor) -> Tensor:
-        if x.is_contiguous(memory_format=torch.channels_last) or not is_plain(self.qkv, nn.Linear):
+        channels_last = not transformed() and x.is_contiguous(memory_format=torch.channels_last)  # vmap has no layouts
+        if channels_last or not is_plain(self.qkv, nn.Linear):
             return self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        if x.device.type == "cpu" and x.shape[-2] * x.shape[-1] <= SMALL_MAP:
+        if x.device.type == "cpu" and not are_dynamic(x.shape) and x.shape[-2] * x.shape[-1] <= SMALL_MAP:
             # a convolution over so few pixels spends its time on reordering the weights
             return self.qkv(x.flatten(2).mT).mT.unflatten(2, x.shape[2:]).contiguous()
         return F.conv2d(x, self.qkv.weight[:, :, None, None], self.qkv.bias)

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix.layers.derived import DerivedBuffers
 from acmix.layers.path import ParityCase, Path, strided_numel
 from acmix.ops import shift_conv
 
 KINDS = ("shift", "fixed", "random", "learned", "full")
 
 
-class ShiftConv(Path):
+class ShiftConv(DerivedBuffers, Path):
     """The convolution path of ACmix (paper sections 3.2 and 4, figure 4).
 
     q, k and v are 3N maps of width d. A fully connected layer over the map index makes k² maps of them; each is
@@ -64,9 +65,12 @@ class ShiftConv(Path):
             self.fc_bias = nn.Parameter(torch.empty(taps)) if bias else None
         if kind in ("random", "learned"):
             self.shift_weight = nn.Parameter(torch.empty(channels, taps, kernel_size, kernel_size))
-        elif kind == "fixed":
-            self.register_buffer("shift_weight", one_hot_shifts(channels, kernel_size), persistent=False)
+        self.register_derived_buffers()
         self.reset_parameters()
+
+    def derived_buffers(self) -> dict[str, Tensor]:
+        channels = self.heads * self.head_dim
+        return {"shift_weight": one_hot_shifts(channels, self.kernel_size)} if self.kind == "fixed" else {}
 
     def reset_parameters(self) -> None:
         """Draw the fully connected layer anew; kernels to the one-hot shifts, or to random ones where so chosen."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmix.ops.implementations import transformed
+
 ParityCase = tuple[dict[str, Any], tuple[int, int]]
 
 
@@ -19,7 +21,8 @@ class Path(nn.Module):
     Args:
         heads: N.
         head_dim: d.
-        impl: Which implementation runs: `reference` is the path's own `reference`; the other names are the subclass's.
+        impl: Which implementation runs: `reference` is the path's own `reference`, which `auto` takes inside transforms
+            of torch.func; the other names are the subclass's.
     """
 
     def __init__(self, heads: int, head_dim: int, impl: str = "auto") -> None:
@@ -36,7 +39,7 @@ class Path(nn.Module):
             scale: Scalar that multiplies the path.
             add_to: Map to add the path to.
         """
-        if self.impl == "reference":
+        if self.impl == "reference" or (self.impl == "auto" and transformed()):
             return self.finish(self.reference(q, k, v), scale, add_to)
         return self.run(q, k, v, scale, add_to)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from acmix.layers import ACmix, LocalAttention, path_weights
 from acmix.models.checks import check_positive, check_rates
+from acmix.models.drop_path import drop_path_rates
 from acmix.models.official import OfficialNames, register_official
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -159,13 +160,13 @@ class ACmixResNet(nn.Module):
     ) -> None:
         channels = base_width
         reduction = 1 if isinstance(self.maxpool, nn.Identity) else 4
-        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(layers), device="cpu").tolist())
+        drop_paths = drop_path_rates(drop_path_rate, layers)
         for index, (name, depth) in enumerate(zip(STAGES, layers, strict=True)):
             stage = nn.Sequential()
             for position in range(depth):
                 stride = 2 if index > 0 and position == 0 else 1
-                width = base_width * 2**index
-                stage.append(Bottleneck(channels, width, stride, next(drop_paths), stage=index + 1, **blocks[index]))
+                width, drop_path = base_width * 2**index, drop_paths[index][position]
+                stage.append(Bottleneck(channels, width, stride, drop_path, stage=index + 1, **blocks[index]))
                 channels = width * Bottleneck.expansion
             self.add_module(name, stage)
             reduction *= 1 if index == 0 else 2

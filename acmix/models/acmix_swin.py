@@ -17,7 +17,9 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from acmix.layers import ACmix, WindowAttention, path_weights
+from acmix.layers.fixed_size import with_fixed_size
 from acmix.models.checks import check_positive, check_rates
+from acmix.models.drop_path import drop_path_rates
 from acmix.models.official import OfficialNames, register_official
 from acmix.models.windows import resize_bias_table, set_windows
 
@@ -237,9 +239,7 @@ class ACmixSwin(nn.Module):
             "shift": shift,
             "impl": impl,
         }
-        drop_paths = [
-            part.tolist() for part in torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
-        ]
+        drop_paths = drop_path_rates(drop_path_rate, depths)
         self.feature_info: list[dict[str, Any]] = []
         self.layers = nn.Sequential()
         dim, in_dim = embed_dim, embed_dim
@@ -377,7 +377,7 @@ class ACmixSwin(nn.Module):
             raise ValueError(f"output_fmt {output_fmt!r} is not offered: choose NCHW")
         take, last = feature_take_indices(len(self.layers), indices)
         intermediates = []
-        x = self.patch_embed(x)
+        x = self._embed(x)
         for index, stage in enumerate(self.layers):
             if stop_early and index > last:
                 break
@@ -404,9 +404,12 @@ class ACmixSwin(nn.Module):
             self.reset_classifier(0, "")
         return take
 
+    def _embed(self, x: Tensor) -> Tensor:
+        return self.patch_embed(with_fixed_size(x))
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the normalised map of the last stage (B, h, w, num_features)."""
-        return self.norm(self.layers(self.patch_embed(x)))
+        return self.norm(self.layers(self._embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map to logits, or to pooled features (B, head_hidden_size) if `pre_logits`."""

@@ -3,4 +3,6 @@
 from acmix.ops.local_attention import local_attention
 from acmix.ops.shift_conv import shift_conv
 
-__all__ = ["local_attention", "shift_conv"]
+from acmix.ops import counts  # isort: skip - it registers formulas for the operations defined above
+
+__all__ = ["counts", "local_attention", "shift_conv"]

@@ -15,8 +15,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from acmix.ops.maps import is_channels_last
+from acmix.ops.maps import are_dynamic, is_channels_last
 
 DEBUG = os.environ.get("ACMIX_DEBUG") == "1"
 # Former names, still accepted wherever an `impl` is given.
@@ -72,15 +73,22 @@ class Problem:
     channels_last: bool = False
     may_compile: bool = False
     """Whether `auto` may take what has to be compiled first; see `may_compile()`."""
+    transformed: bool = False
+    """Whether torch.func or forward-mode AD takes part; see `transformed()`."""
 
     @classmethod
     def of(cls, q: Tensor, heads: int, window: Window) -> "Problem":
         """The problem of a call with maps like `q`."""
-        return cls(q.device, q.dtype, q.shape, heads, window, is_channels_last(q), may_compile())
+        return cls(q.device, q.dtype, q.shape, heads, window, is_channels_last(q), may_compile(), transformed())
 
     @property
     def head_dim(self) -> int:
         return self.shape[1] // self.heads
+
+    @property
+    def any_size(self) -> bool:
+        """Whether it stands for maps of any height or width."""
+        return are_dynamic(self.shape[2:])
 
     def __str__(self) -> str:
         layout = ", channels_last" if self.channels_last else ""
@@ -89,6 +97,15 @@ class Problem:
             f"head_dim {self.head_dim}, kernel_size {self.window.kernel_size}, stride {self.window.stride}, "
             f"dilation {self.window.dilation}"
         )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode AD looks at every operation.
+
+    They need batching rules and forward derivatives, which PyTorch's own operations have and a custom one has not: vmap
+    would fail on it, and a forward derivative would silently leave it out.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def may_compile() -> bool:
@@ -128,10 +145,16 @@ class Implementation:
     refusal: Callable[[Problem], str | None] = _never
     declines: Callable[[Problem], str | None] = _never
 
+    def transform_refusal(self, problem: Problem) -> str | None:
+        """Why it cannot run inside a transform of torch.func or forward-mode AD, or None."""
+        if problem.transformed and self.module:
+            return "it lacks the rules of torch.func and forward-mode AD, which impl='reference' has"
+        return None
+
     def auto_refusal(self, problem: Problem) -> str | None:
         """Why `auto` does not take it for this problem, or None. What auto declines is not asked whether it can run:
         the answer may take a compiler."""
-        return self.declines(problem) or self.refusal(problem)
+        return self.transform_refusal(problem) or self.declines(problem) or self.refusal(problem)
 
 
 class Operation:
@@ -166,11 +189,15 @@ class Operation:
         name = self.canonical(impl)
         if name == "auto":
             name = self._preferred(problem)
-        elif refusal := self.implementations[name].refusal(problem):
+        elif refusal := self._refusal(name, problem):
             raise ValueError(f"impl {impl!r} cannot run {self.name} for {problem}: {refusal}; impl='auto' chooses one")
         if announcing():
             self.announce(name, problem)
         return name
+
+    def _refusal(self, name: str, problem: Problem) -> str | None:
+        implementation = self.implementations[name]
+        return implementation.transform_refusal(problem) or implementation.refusal(problem)
 
     def _preferred(self, problem: Problem) -> str:
         for name, implementation in self.implementations.items():
@@ -186,7 +213,7 @@ class Operation:
                 break
             reasons.append((other, implementation.auto_refusal(problem)))
         note = "; ".join(f"{other}: {reason}" for other, reason in reasons if reason)
-        _print_once(f"acmix: {self.name} {problem}: {name}" + (f" ({note})" if note else ""))
+        print_once(f"acmix: {self.name} {problem}: {name}" + (f" ({note})" if note else ""))
 
     def load(self, impl: str) -> ModuleType:
         """The module of an implementation, imported when it is first needed."""
@@ -204,5 +231,6 @@ _import_once = functools.cache(import_module)
 
 
 @functools.cache
-def _print_once(line: str) -> None:
+def print_once(line: str) -> None:
+    """Print to stderr what has not been printed yet."""
     print(line, file=sys.stderr)

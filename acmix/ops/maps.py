@@ -1,7 +1,11 @@
 """The maps q, k and v as both operations take them: one shape, cast by autocast, any memory format."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 
 def check_maps(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -18,9 +22,33 @@ def cast_maps(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     return tuple(m if m.dtype == torch.float64 else m.to(dtype) for m in (q, k, v))  # type: ignore[return-value]
 
 
+def autocast_dtype(maps: Tensor) -> torch.dtype | None:
+    """What autocast casts to on the maps' device, or None where it is off."""
+    device = maps.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know the meta device
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(maps: Tensor) -> AbstractContextManager[object]:
+    """Turns autocast off on the maps' device."""
+    device = maps.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
 def is_channels_last(maps: Tensor) -> bool:
     """Whether the channels of a pixel are adjacent in memory: channels_last maps, and slices of their channels."""
     return maps.stride(1) == 1 and maps.shape[1] > 1
+
+
+def are_dynamic(sizes: Sequence[int]) -> bool:
+    """Whether a size or stride stands for any number, in a graph that is being traced for maps of any size.
+
+    A choice that depends on such a size would tie the graph to the sizes for which it is right.
+    """
+    if torch.compiler.is_compiling():
+        return not all(map(has_static_value, sizes))
+    return torch.SymInt in map(type, sizes)
 
 
 def empty_like_layout(maps: Tensor, height: int, width: int) -> Tensor:
@@ -28,3 +56,28 @@ def empty_like_layout(maps: Tensor, height: int, width: int) -> Tensor:
     layout = torch.channels_last if is_channels_last(maps) else torch.contiguous_format
     size = (maps.shape[0], maps.shape[1], height, width)
     return torch.empty(size, dtype=maps.dtype, device=maps.device, memory_format=layout)
+
+
+@torch.library.custom_op("acmix::copy", mutates_args=())
+def _copy(maps: Tensor) -> Tensor:
+    """A copy that torch.compile neither leaves out nor makes again."""
+    return maps.clone()
+
+
+@_copy.register_fake
+def _(maps: Tensor) -> Tensor:
+    return torch.empty_like(maps)
+
+
+_copy.register_autograd(lambda ctx, grad: grad)
+
+
+def keepable(*maps: Tensor) -> tuple[Tensor, ...]:
+    """The maps as torch.compile can keep them for the backward pass: copies where their height or width is dynamic.
+
+    To keep a view, as q, k and v are of one projection, Inductor orders its strides, which it cannot do with strides
+    that are dynamic (pytorch #172204).
+    """
+    if torch.compiler.is_exporting() or not are_dynamic(maps[0].stride()):
+        return maps
+    return tuple(map(_copy, maps))

@@ -1,6 +1,7 @@
 """The block against the authors' tensors, and its arms, shapes, dtypes and refusals."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +130,35 @@ def test_arguments_that_do_not_fit_are_refused_by_number(options, message):
 def test_a_map_too_small_for_the_window_is_refused_with_both_sizes():
     with pytest.raises(ValueError, match=r"3×8.*kernel_size 7"):
         ACmix(8, 8)(torch.randn(1, 8, 3, 8))
+
+
+@pytest.mark.parametrize("shape", [(8, 9, 9), (2, 81, 8), (2, 4, 9, 9), (2, 9, 9, 8), (8,), (2, 8, 3, 9, 9)], ids=str)
+def test_an_input_of_another_shape_is_refused_with_the_shape_that_is_wanted(shape):
+    wanted = r"ACmix wants maps \(B, in_channels, H, W\) with in_channels = 8, got " + re.escape(str(shape))
+    with pytest.raises(ValueError, match=wanted):
+        ACmix(8, 8, kernel_att=3)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_an_input_of_integers_is_refused(dtype):
+    with pytest.raises(ValueError, match=rf"floating-point maps, got {dtype}"):
+        ACmix(8, 8, kernel_att=3)(torch.zeros(1, 8, 9, 9, dtype=dtype))
+
+
+def test_a_block_is_built_on_a_device_and_in_a_dtype_or_without_initialisation():
+    assert {p.device.type for p in ACmix(8, 8, device="meta").parameters()} == {"meta"}
+    assert {p.dtype for p in ACmix(8, 8, dtype=torch.float64).parameters()} == {torch.float64}
+    block, source = torch.nn.utils.skip_init(ACmix, 8, 8, shift="fixed"), ACmix(8, 8, shift="fixed")
+    block.load_state_dict(source.state_dict())
+    torch.testing.assert_close(block(torch.ones(1, 8, 9, 9)), source(torch.ones(1, 8, 9, 9)))
+
+
+@pytest.mark.parametrize("mapped", ["alpha", "beta"])
+def test_a_block_is_mapped_over_a_path_weight(mapped):
+    block, x = ACmix(8, 8, heads=2, kernel_att=3), torch.randn(1, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([0.0, 1.0])
+
+    def run(weight):
+        return torch.func.functional_call(block, {f"mix.{mapped}": weight}, (x,))
+
+    torch.testing.assert_close(torch.func.vmap(run)(weights), torch.stack([run(weight) for weight in weights]))

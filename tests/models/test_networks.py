@@ -1,12 +1,15 @@
 """timm's conventions, which every network keeps, on small versions of the registered ones."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, jvp, vmap
 
 from acmix import models
 from acmix.layers import PathMix, ShiftConv
@@ -188,6 +191,73 @@ def test_weights_load_with_plain_timm_and_copies_are_independent(name, kwargs):
     with torch.no_grad():
         next(copied.parameters()).zero_()
     torch.testing.assert_close(again(images()), model(images()))
+
+
+@SMALL
+def test_a_network_of_meta_or_fake_tensors_runs_forward_and_backward(name, kwargs):
+    for mode, device in ((nullcontext(), "meta"), (FakeTensorMode(), "cpu")):
+        with mode, torch.device(device):
+            model = build(name, kwargs)
+            out = model(torch.empty(2, 3, SIZE, SIZE))
+            out.sum().backward()
+        assert out.shape == (2, 5)
+        assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+@SMALL
+@pytest.mark.parametrize("shift", ["learned", "fixed"])
+@pytest.mark.parametrize("assign", [False, True], ids=["to_empty", "assign"])
+def test_a_network_built_on_the_meta_device_works_once_its_weights_are_loaded(name, kwargs, shift, assign):
+    model = build(name, kwargs, shift=shift).eval()
+    with torch.device("meta"):
+        empty = build(name, kwargs, shift=shift).eval()
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    torch.testing.assert_close(empty(images()), model(images()))
+
+
+@SMALL
+def test_a_traced_network_gives_the_same_logits(name, kwargs):
+    model = build(name, kwargs).eval()
+    traced = torch.jit.trace(model, images())
+    for x in (images(), images(3, 3, SIZE, SIZE)):
+        torch.testing.assert_close(traced(x), model(x))
+    for size in ((48, 40), (2 * SIZE, 2 * SIZE), (SIZE + 1, SIZE)):
+        x = images(2, 3, *size)
+        if name == RESNET[0]:
+            torch.testing.assert_close(traced(x), model(x))
+        else:
+            with pytest.raises(RuntimeError, match=r"with_fixed_size[\s\S]*expanded size"):
+                traced(x)
+
+
+@SMALL
+def test_gradients_of_every_image_equal_those_of_the_images_alone(name, kwargs):
+    model = build(name, kwargs).double().eval()
+    weights = {key: weight.detach() for key, weight in model.named_parameters()}
+
+    def loss(weights, image):
+        return functional_call(model, weights, (image[None],)).square().sum()
+
+    together = vmap(grad(loss), in_dims=(None, 0))(weights, images().double())
+    for index, image in enumerate(images().double()):
+        model.zero_grad()
+        model(image[None]).square().sum().backward()
+        for key, weight in model.named_parameters():
+            torch.testing.assert_close(together[key][index], weight.grad)
+
+
+@SMALL
+def test_a_gradient_penalty_and_a_directional_derivative_equal_those_of_the_reference(name, kwargs):
+    results = []
+    for impl in ("auto", "reference"):
+        model = build(name, kwargs, impl=impl).double().eval()
+        x = images(1, 3, SIZE, SIZE).double().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        results.append([*(p.grad for p in model.parameters()), jvp(model, (x.detach(),), (torch.ones_like(x),))[1]])
+    torch.testing.assert_close(*results)
 
 
 @SMALL

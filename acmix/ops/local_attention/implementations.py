@@ -19,6 +19,8 @@ def dense_refusal(problem: Problem) -> str | None:
 
 def dense_declines(problem: Problem) -> str | None:
     """Dense attention wins on small maps only: up to a few times the pixels of a window, as measured on a CPU."""
+    if problem.any_size:
+        return "it is faster on small maps only, and these may have any size"
     keys, members = problem.shape[2] * problem.shape[3], problem.window.kernel_size**2
     limit, rival = 4 * members, "cpp"
     if keys > limit and _CPP.auto_refusal(problem):

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from acmix.ops import reference
-from acmix.ops.implementations import Problem, Window, announcing
+from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
+from acmix.ops.implementations import Problem, Window, announcing, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
-from acmix.ops.maps import cast_maps, check_maps, empty_like_layout
+from acmix.ops.maps import autocast_dtype, cast_maps, check_maps, empty_like_layout, keepable, without_autocast
 
 
 def local_attention(
@@ -45,10 +46,9 @@ def local_attention(
         ValueError: for maps of different shapes or dtypes, channels that d does not divide, an even kernel_size, a map
             not larger than dilation * (K // 2), an unknown impl, or an impl that cannot run here (with the reason).
     """
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        q, k, v = cast_maps(torch.get_autocast_dtype(device), q, k, v)
-        with torch.autocast(device, enabled=False):
+    if (dtype := autocast_dtype(q)) is not None:
+        q, k, v = cast_maps(dtype, q, k, v)
+        with without_autocast(q):
             return local_attention(q, k, v, position_weight, kernel_size, stride, impl, dilation=dilation)
     window = Window(kernel_size, stride, dilation)
     _check(q, k, v, position_weight, window)
@@ -91,6 +91,7 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The attended map, and the log-sum-exp of the logits where the implementation's backward pass needs it."""
+    refuse_forward_ad("local_attention")
     window = Window(kernel_size, stride, dilation)
     if announcing():  # a compiled graph does not come through `resolve`
         LOCAL_ATTENTION.announce(impl, Problem.of(q, q.shape[1] // position_weight.shape[0], window))
@@ -134,7 +135,7 @@ def _backward(
     """Gradients of q, k, v and the position weight; logits are computed again."""
     saved = (out, lse) if impl == "triton" else ()
     window = Window(kernel_size, stride, dilation)
-    with torch.autocast(q.device.type, enabled=False):  # a backward pass may be started under autocast
+    with without_autocast(q):  # a backward pass may be started under autocast
         return LOCAL_ATTENTION.load(impl).backward(grad_out, q, k, v, position_weight, *saved, window)
 
 
@@ -161,12 +162,18 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(True)
     ctx.mark_non_differentiable(output[1])
     saved = output if impl == "triton" else (None, None)
-    ctx.save_for_backward(q, k, v, position_weight, *saved)
+    ctx.save_for_backward(*keepable(q, k, v), position_weight, *saved)
     ctx.options = (kernel_size, stride, dilation, impl)
 
 
 def _autograd_backward(ctx, grad_out: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
-    return *_backward(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None, None
+    if transformed():
+        inputs, options = ctx.saved_tensors[:4], ctx.options[:-1]
+        grads = plain_gradients("local_attention", reference.local_attention, inputs, options, grad_out)
+    else:
+        grads = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_second_derivative("local_attention", _backward, reference.local_attention, options=3)

@@ -20,11 +20,16 @@ def cpp_refusal(problem: Problem) -> str | None:
     return native.refusal(source, problem.device, problem.dtype, kernel_size, problem.heads)
 
 
+def dense_declines(problem: Problem) -> str | None:
+    """Without groups, most of the products are with zeros."""
+    return f"it takes {problem.head_dim} times the products"
+
+
 SHIFT_CONV = Operation(
     "shift_conv",
     Implementation("unfolded", declines=unfolded_declines),
     Implementation("cpp", "acmix.ops.shift_conv.cpp", cpp_refusal, compilation_declines),
     Implementation("folded", "acmix.ops.shift_conv.folded"),
-    Implementation("dense"),
+    Implementation("dense", declines=dense_declines),
     Implementation("reference"),
 )

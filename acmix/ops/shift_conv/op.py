@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acmix.ops import reference
-from acmix.ops.implementations import Problem, Window, announcing
-from acmix.ops.maps import cast_maps, check_maps, is_channels_last
+from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
+from acmix.ops.implementations import Problem, Window, announcing, transformed
+from acmix.ops.maps import autocast_dtype, cast_maps, check_maps, is_channels_last, keepable, without_autocast
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
 
 
@@ -47,10 +48,9 @@ def shift_conv(
     Raises:
         ValueError: for shapes that do not fit together, an even k, an unknown impl, or an impl that cannot run here.
     """
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        q, k, v = cast_maps(torch.get_autocast_dtype(device), q, k, v)
-        with torch.autocast(device, enabled=False):
+    if (dtype := autocast_dtype(q)) is not None:
+        q, k, v = cast_maps(dtype, q, k, v)
+        with without_autocast(q):
             return shift_conv(
                 q, k, v, fc_weight, shift_weight,
                 fc_bias=fc_bias, bias=bias, stride=stride, dilation=dilation, impl=impl,
@@ -74,14 +74,21 @@ def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, i
     """The folded convolution itself: maps (B, N*d, H, W), weight (N*d, 3N, k, k), rows (head_dim, head), d groups."""
     if impl == "dense":
         return _convolve_dense(q, k, v, weight, window)
-    heads = weight.shape[1] // 3
-    if q.device.type == "cpu" and impl == "folded" and is_channels_last(q):
+    if q.device.type != "cpu":
+        return _convolve_plain(q, k, v, weight, window.stride, window.dilation)
+    if impl == "folded" and is_channels_last(q):
+        heads = weight.shape[1] // 3
         maps = _as_map(_side_by_side(q, k, v, heads))
-    elif q.device.type == "cpu":
-        return _forward(q, k, v, weight, window.stride, window.dilation, impl)
-    else:
-        maps = torch.stack([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
-    return F.conv2d(maps, weight, None, window.stride, window.reach, window.dilation, weight.shape[0] // heads)
+        return F.conv2d(maps, weight, None, window.stride, window.reach, window.dilation, weight.shape[0] // heads)
+    return _forward(q, k, v, weight, window.stride, window.dilation, impl)
+
+
+def _convolve_plain(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+    """The folded convolution over one reordered copy of q, k and v."""
+    heads = weight.shape[1] // 3
+    maps = torch.stack([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv2d(maps, weight, None, stride, padding, dilation, weight.shape[0] // heads)
 
 
 def _unfolded(
@@ -97,7 +104,7 @@ def _unfolded(
 ) -> Tensor:
     """Both steps, the maps of a channel side by side: the first is one matrix product; the result is channels_last."""
     maps = _side_by_side(q, k, v, fc_weight.shape[1] // 3)
-    mixed = _as_map(F.linear(maps, fc_weight, fc_bias))
+    (mixed,) = keepable(_as_map(F.linear(maps, fc_weight, fc_bias)))
     padding = dilation * (shift_weight.shape[-1] // 2)
     return F.conv2d(mixed, shift_weight, bias, stride, padding, dilation, maps.shape[3])
 
@@ -168,6 +175,7 @@ def _check(
 @torch.library.custom_op("acmix::grouped_conv", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
     """Grouped convolution over the maps of q, k and v on a CPU, without a reordered copy of them all."""
+    refuse_forward_ad("grouped_conv")
     window = Window(weight.shape[-1], stride, dilation)
     if announcing():  # a compiled graph does not come through `resolve`
         SHIFT_CONV.announce(impl, Problem.of(q, weight.shape[1] // 3, window))
@@ -186,7 +194,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the weight."""
     window = Window(weight.shape[-1], stride, dilation)
-    with torch.autocast(q.device.type, enabled=False):  # a backward pass may be started under autocast
+    with without_autocast(q):  # a backward pass may be started under autocast
         return SHIFT_CONV.load(impl).backward(grad_out, q, k, v, weight, window)
 
 
@@ -198,12 +206,17 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:4])
+    ctx.save_for_backward(*keepable(*inputs[:3]), inputs[3])
     ctx.options = inputs[4:]
 
 
 def _autograd_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
-    return *_backward(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None
+    if transformed():
+        grads = plain_gradients("shift_conv", _convolve_plain, ctx.saved_tensors, ctx.options[:-1], grad_out)
+    else:
+        grads = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_second_derivative("shift_conv", _backward, _convolve_plain, options=2)

@@ -48,6 +48,8 @@ def _device_refusal(device: torch.device) -> str | None:
 def _known_device_refusal(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else f"the tensors are on {device}, not on CUDA"
+    if not torch.cuda.is_available():  # tensors of a FakeTensorMode, which need no GPU
+        return "there is no GPU"
     if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability {_MIN_CAPABILITY[0]}.0"
     return None

@@ -1,0 +1,56 @@
+"""What torch.utils.flop_counter.FlopCounterMode counts for our custom operations: twice the multiply-adds of the paper.
+
+The count is the same whichever implementation of a custom operation runs. What runs in plain PyTorch (`reference`, the
+`unfolded` and `dense` convolutions, any convolution off the CPU, all inside torch.func) is counted by PyTorch as it
+runs, and sums of products that are written as elementwise operations not at all; `acmix.telemetry.flops` counts every
+path by the paper. A backward pass counts twice its forward pass: two gradients for each product, nothing for what is
+computed again.
+"""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+Shape = tuple[int, ...]
+
+
+@register_flop_formula(torch.ops.acmix.local_attention)
+def local_attention_flops(q: Shape, k: Shape, v: Shape, position_weight: Shape, *options: Any, **_: Any) -> int:
+    """K² products of width d for the logits and as many for the values, for each head and query."""
+    kernel_size, stride = options[:2]
+    return 4 * kernel_size**2 * _strided_numel(q, stride)
+
+
+@register_flop_formula(torch.ops.acmix.local_attention_backward)
+def local_attention_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
+    """The gradients of both products."""
+    kernel_size = inputs[6]
+    return 8 * kernel_size**2 * prod(grad_out)
+
+
+@register_flop_formula(torch.ops.acmix.grouped_conv)
+def grouped_conv_flops(q: Shape, k: Shape, v: Shape, weight: Shape, stride: int, *options: Any, **_: Any) -> int:
+    """The paper's two steps, less the product that folded both weights into one, which PyTorch has counted."""
+    return 2 * _two_steps(q, weight, stride)
+
+
+@register_flop_formula(torch.ops.acmix.grouped_conv_backward)
+def grouped_conv_backward_flops(
+    grad_out: Shape, q: Shape, k: Shape, v: Shape, weight: Shape, stride: int, *options: Any, **_: Any
+) -> int:
+    """The gradients of the same."""
+    return 4 * _two_steps(q, weight, stride)
+
+
+def _two_steps(q: Shape, weight: Shape, stride: int) -> int:
+    """Multiply-adds of k² mixtures of the 3N maps and of k² kernels of k × k for each output, less the folding."""
+    taps = weight[2] * weight[3]
+    mixing, shifting, folding = 3 * taps * prod(q), taps**2 * _strided_numel(q, stride), taps * prod(weight)
+    return max(0, mixing + shifting - folding)
+
+
+def _strided_numel(shape: Shape, stride: int) -> int:
+    batch, channels, height, width = shape
+    return batch * channels * -(-height // stride) * -(-width // stride)

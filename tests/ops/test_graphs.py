@@ -1,0 +1,60 @@
+"""The operations in graphs: compiled with dynamic shapes, exported, saved and loaded elsewhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from acmix import ACmix
+from acmix.ops import local_attention
+
+
+def test_inductor_compiles_training_on_one_image_of_any_size() -> None:
+    """Inductor cannot order the dynamic strides of views, such as q, k and v, that it keeps for the backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((24, 8, 1, 1), (4, 2), (8, 8, 1, 1))
+    weights = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    projection, position, after = weights
+
+    def run(x: Tensor) -> Tensor:
+        q, k, v = F.conv2d(x, projection).chunk(3, 1)
+        return F.conv2d(local_attention(q, k, v, position, 3), after)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True)
+    for size in ((9, 10), (12, 7)):
+        x = torch.randn(1, 8, *size, generator=generator)
+        for side in (2, 3):
+            torch._dynamo.maybe_mark_dynamic(x, side)
+        got, want = (torch.autograd.grad(f(x).square().sum(), weights) for f in (compiled, run))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+def test_an_exported_block_takes_maps_of_any_size() -> None:
+    block = ACmix(3, 8, heads=2, kernel_att=3).eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        block, (torch.randn(2, 3, 6, 7),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    )
+    for shape in ((2, 3, 6, 7), (3, 3, 5, 5), (4, 3, 40, 30)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(program.module()(x), block(x))
+
+
+@pytest.mark.parametrize(
+    ("impl", "imports", "loads"),
+    [("auto", "torch", False), ("auto", "torch, acmix.ops", True), ("reference", "torch", True)],
+)
+def test_a_saved_program_loads_where_its_operations_are_known(
+    impl: str, imports: str, loads: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "block.pt2"
+    torch.export.save(torch.export.export(ACmix(3, 8, kernel_att=3, impl=impl), (torch.randn(1, 3, 6, 6),)), file)
+    program = f"import {imports}; torch.export.load({str(file)!r}).module()(torch.randn(1, 3, 6, 6))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode == 0) is loads, run.stderr
