@@ -251,14 +251,14 @@ extern "C" {
 
 // Heads begin..end-1, counted over all images. `out` (images * heads, dim, out_height, out_width) is contiguous.
 void forward(const Problem *problem, const Map *q, const Map *k, const Map *v, const T *offset, T *out, int64_t begin,
-             int64_t end) {
+             int64_t end, int64_t threads) {
     const Sizes s(*problem);
     int64_t columns = s.query_row - 2 * s.margin;
+    parallel(begin, end, threads, [&](int64_t head) {
     T *keys = scratch(2 * s.key_size() + s.query_size() + K * K * s.query_row + s.dim * columns);
     T *values = keys + s.key_size(), *queries = values + s.key_size();
     Row row{queries + s.query_size(), s.query_row};
     T *sums = row.data + K * K * s.query_row;
-    for (int64_t head = begin; head < end; head++) {
         pack_keys(s, head_of(*k, *problem, head), offset, keys);
         pack_keys(s, head_of(*v, *problem, head), nullptr, values);
         pack_queries(s, head_of(*q, *problem, head), s.stride, T(1) / std::sqrt(T(s.dim)), queries);
@@ -269,14 +269,15 @@ void forward(const Problem *problem, const Map *q, const Map *k, const Map *v, c
             for (int64_t c = 0; c < s.dim; c++)
                 std::copy_n(sums + c * columns, s.out_width, out + ((head * s.dim + c) * s.out_height + y) * s.out_width);
         }
-    }
+    });
 }
 
 // Gradients of q, k, v as contiguous (images * heads, dim, height, width); dq is zero where no query stands.
 void backward(const Problem *problem, const Map *grad, const Map *q, const Map *k, const Map *v, const T *offset, T *dq,
-              T *dk, T *dv, int64_t begin, int64_t end) {
+              T *dk, T *dv, int64_t begin, int64_t end, int64_t threads) {
     const Sizes s(*problem);
     int64_t columns = s.query_row - 2 * s.margin, area = s.dim * s.height * s.width;
+    parallel(begin, end, threads, [&](int64_t head) {
     T *keys = scratch(4 * s.key_size() + 2 * s.query_size() + 2 * K * K * s.query_row + s.dim * columns);
     T *values = keys + s.key_size(), *dkeys = values + s.key_size(), *dvalues = dkeys + s.key_size();
     T *queries = dvalues + s.key_size(), *grads = queries + s.query_size();
@@ -284,7 +285,6 @@ void backward(const Problem *problem, const Map *grad, const Map *q, const Map *
     T *sums = drow.data + K * K * s.query_row;
     const T scale = T(1) / std::sqrt(T(s.dim));
     std::fill(row.data, sums, T(0));  // the margins
-    for (int64_t head = begin; head < end; head++) {
         pack_keys(s, head_of(*k, *problem, head), offset, keys);
         pack_keys(s, head_of(*v, *problem, head), nullptr, values);
         pack_queries(s, head_of(*q, *problem, head), s.stride, scale, queries);
@@ -307,7 +307,7 @@ void backward(const Problem *problem, const Map *grad, const Map *q, const Map *
         }
         unpack_keys(s, dkeys, dk + head * area);
         unpack_keys(s, dvalues, dv + head * area);
-    }
+    });
 }
 
 }  // extern "C"

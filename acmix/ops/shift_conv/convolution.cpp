@@ -146,12 +146,13 @@ void weight_grad(const Sizes &s, const T *grads, const T *inputs, T *dweight) {
 extern "C" {
 
 // Groups begin..end-1. weight: as output_row takes it, for each group. `out` (images, dim, N, Ho, Wo) is contiguous.
-void forward(const Problem *problem, const Map *maps, const T *weight, T *out, int64_t begin, int64_t end) {
+void forward(const Problem *problem, const Map *maps, const T *weight, T *out, int64_t begin, int64_t end, int64_t threads) {
     const Sizes s(*problem);
+    parallel(begin, end, threads, [&](int64_t c) {
     T *inputs = scratch(INPUTS * s.input_size() + N * s.columns), *rows = inputs + INPUTS * s.input_size();
     std::fill(inputs, rows, T(0));
     for (int64_t image = 0; image < problem->images; image++)
-        for (int64_t c = begin; c < end; c++) {
+        {
             for (int64_t m = 0; m < INPUTS; m++)
                 pack_input(s, channel(maps, image, problem->dim, c, m), maps[m / N], inputs + m * s.input_size());
             for (int64_t y = 0; y < s.out_height; y++) {
@@ -161,19 +162,21 @@ void forward(const Problem *problem, const Map *maps, const T *weight, T *out, i
                                 out + (((image * problem->dim + c) * N + n) * s.out_height + y) * s.out_width);
             }
         }
+    });
 }
 
 // weight: as input_grad_row takes it, for each group. The gradients of q, k, v (images, N, dim, H, W) are contiguous;
 // dweight (dim, N, 3N, K, K) starts at zero.
 void backward(const Problem *problem, const Map *grad, const Map *maps, const T *weight, T *const dmaps[3], T *dweight,
-              int64_t begin, int64_t end) {
+              int64_t begin, int64_t end, int64_t threads) {
     const Sizes s(*problem);
+    parallel(begin, end, threads, [&](int64_t c) {
     const int64_t dim = problem->dim, row_size = s.stride * s.phase, area = s.height * s.width;
     T *inputs = scratch(INPUTS * (s.input_size() + row_size) + N * s.grad_size());
     T *grads = inputs + INPUTS * s.input_size(), *rows = grads + N * s.grad_size();
     std::fill(inputs, rows, T(0));
     for (int64_t image = 0; image < problem->images; image++)
-        for (int64_t c = begin; c < end; c++) {
+        {
             for (int64_t m = 0; m < INPUTS; m++)
                 pack_input(s, channel(maps, image, dim, c, m), maps[m / N], inputs + m * s.input_size());
             for (int64_t n = 0; n < N; n++)
@@ -193,6 +196,7 @@ void backward(const Problem *problem, const Map *grad, const Map *maps, const T 
                 }
             }
         }
+    });
 }
 
 }  // extern "C"
