@@ -390,22 +390,32 @@ __attribute__((noinline)) void gather(const Sizes &s, const T *weights, const T 
     for (int ky = 0; ky < K; ky++) {
         const T *row = rows[ky], *weight = weights + ky * K * LANES;
         if constexpr (STRIDE > 0) {
-            unroll<(TILE - 1) * STRIDE + K>([&](auto j) INLINE {
+#pragma GCC unroll 64
+            for (int j = 0; j < (TILE - 1) * STRIDE + K; j++) {
                 Pixel value = load_pixel(row + j * CHANNELS);
                 keep(value);
-                unroll<TILE>([&](auto x) INLINE {
-                    constexpr int kx = j - x * STRIDE;
-                    if constexpr (kx >= 0 && kx < K) sum[x] += value * weight[kx * LANES + x];
-                });
-            });
+#pragma GCC unroll 16
+                for (int x = 0; x < TILE; x++) {
+                    const int kx = j - x * STRIDE;
+                    if (kx >= 0 && kx < K) sum[x] += value * weight[kx * LANES + x];
+                }
+            }
         } else {
             for (int64_t kx = 0; kx < K; kx++)
-                unroll<TILE>([&](auto x) INLINE {
+#pragma GCC unroll 16
+                for (int x = 0; x < TILE; x++)
                     sum[x] += load_pixel(row + (x * s.stride + kx * s.dilation) * CHANNELS) * weight[kx * LANES + x];
-                });
         }
     }
-    unroll<TILE>([&](auto x) INLINE { store_pixel(out + x * CHANNELS, sum[x] * scale[x]); });
+#pragma GCC unroll 16
+    for (int x = 0; x < TILE; x++) store_pixel(out + x * CHANNELS, sum[x] * scale[x]);
+}
+
+// The most queries, of a whole fraction of a tile, whose keys fit into the registers.
+constexpr int piece(int tile, int stride) {
+    int most = tile;
+    while (most > 1 && ((most - 1) * stride + K > REGISTERS - 4 || tile % most)) most--;
+    return most;
 }
 
 // row[key of kx for query x] += sum_n weights[n][kx][x] * queries[n][x], for TILE queries of `count` rows
@@ -413,34 +423,35 @@ template <int TILE, int STRIDE>
 __attribute__((noinline)) void scatter(const Sizes &s, int count, const T *const *weights, const T *const *queries,
                                        T *row) {
     if constexpr (STRIDE > 0) {
-        constexpr int MOST = std::max(1, (REGISTERS - 6 - K) / STRIDE + 1), PIECES = (TILE + MOST - 1) / MOST,
-                      PIECE = (TILE + PIECES - 1) / PIECES;
-        unroll<PIECES>([&](auto piece) INLINE {
-            constexpr int FIRST = piece * PIECE, QUERIES = std::min(PIECE, TILE - FIRST);
-            constexpr int KEYS = QUERIES > 0 ? (QUERIES - 1) * STRIDE + K : 0;
-            if constexpr (KEYS > 0) {
-                T *keys = row + FIRST * STRIDE * CHANNELS;
-                Pixel sum[KEYS];
-                unroll<KEYS>([&](auto j) INLINE { sum[j] = load_pixel(keys + j * CHANNELS); });
-                for (int n = 0; n < count; n++) {
-                    const T *weight = weights[n] + FIRST, *query = queries[n] + FIRST * CHANNELS;
-                    unroll<QUERIES>([&](auto x) INLINE {
-                        Pixel value = load_pixel(query + x * CHANNELS);
-                        keep(value);
-                        unroll<K>([&](auto kx) INLINE { sum[x * STRIDE + kx] += value * weight[kx * LANES + x]; });
-                    });
+        constexpr int PIECE = piece(TILE, STRIDE), KEYS = (PIECE - 1) * STRIDE + K;
+#pragma GCC unroll 16
+        for (int first = 0; first < TILE; first += PIECE) {
+            T *keys = row + first * STRIDE * CHANNELS;
+            Pixel sum[KEYS];
+#pragma GCC unroll 64
+            for (int j = 0; j < KEYS; j++) sum[j] = load_pixel(keys + j * CHANNELS);
+            for (int n = 0; n < count; n++) {
+                const T *weight = weights[n] + first, *query = queries[n] + first * CHANNELS;
+#pragma GCC unroll 16
+                for (int x = 0; x < PIECE; x++) {
+                    Pixel value = load_pixel(query + x * CHANNELS);
+                    keep(value);
+#pragma GCC unroll 16
+                    for (int kx = 0; kx < K; kx++) sum[x * STRIDE + kx] += value * weight[kx * LANES + x];
                 }
-                unroll<KEYS>([&](auto j) INLINE { store_pixel(keys + j * CHANNELS, sum[j]); });
             }
-        });
+#pragma GCC unroll 64
+            for (int j = 0; j < KEYS; j++) store_pixel(keys + j * CHANNELS, sum[j]);
+        }
     } else {
         for (int n = 0; n < count; n++)
             for (int64_t kx = 0; kx < K; kx++)
-                unroll<TILE>([&](auto x) INLINE {
+#pragma GCC unroll 16
+                for (int x = 0; x < TILE; x++) {
                     T *at = row + (x * s.stride + kx * s.dilation) * CHANNELS;
                     Pixel value = load_pixel(queries[n] + x * CHANNELS);
                     store_pixel(at, load_pixel(at) + value * weights[n][kx * LANES + x]);
-                });
+                }
     }
 }
 

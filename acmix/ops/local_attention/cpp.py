@@ -30,7 +30,7 @@ def backward(
     dtype = q.dtype
     grad_out, q, k, v = (m.to(native.stored(dtype)) for m in (grad_out, q, k, v))
     grads = [empty_like_layout(m, *m.shape[2:]) for m in (q, k, v)]
-    dposition, _ = attend_backward(grad_out, q, k, v, position_weight, window, lse, *grads)
+    dposition, _ = attend_backward(grad_out, q, k, v, position_weight, window, lse, grads[0], grads[1], grads[2])
     dq, dk, dv = (grad.to(dtype) for grad in grads)
     return dq, dk, dv, dposition
 
