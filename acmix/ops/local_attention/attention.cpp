@@ -356,6 +356,44 @@ void read_queries(const Sizes &s, const Map &map, int64_t y, int64_t step, T sca
     }
 }
 
+// Rows of maps that the next block of queries will read or write, called into the cache bit by bit while this one is computed.
+class Prefetch {
+    struct Row {
+        const S *data;
+        int64_t step, count, length;  // `count` pieces of `length` numbers, `step` apart
+        bool write;
+    };
+    const Sizes &s;
+    std::vector<Row> rows;
+    size_t row = 0;
+    int64_t piece = 0, pieces = 0, share = 0;
+
+   public:
+    explicit Prefetch(const Sizes &sizes) : s(sizes) {}
+    void add(const Map &map, int64_t y, int64_t step, int64_t count, bool write = false) {
+        const S *data = map.data + y * map.row;
+        int64_t channels = s.dim * s.group;
+        rows.push_back(map.channel == 1 ? Row{data, step * map.column, count, channels, write}
+                                        : Row{data, map.channel, channels, (count - 1) * step * map.column + 1, write});
+        pieces += rows.back().count;
+    }
+    // All that was added will be done in `steps` steps.
+    void start(int64_t steps) { share = (pieces + steps - 1) / steps; }
+    void step() {
+        asm volatile("");  // or GCC takes this for a function without effects
+        for (int64_t n = 0; n < share && row < rows.size(); n++) {
+            const S *first = rows[row].data + piece * rows[row].step;
+            for (int64_t x = 0; x < rows[row].length; x += 64 / int64_t(sizeof(S)))
+                rows[row].write ? __builtin_prefetch(first + x, 1, 2) : __builtin_prefetch(first + x, 0, 2);
+            if (++piece == rows[row].count) row++, piece = 0;
+        }
+    }
+    void clear() {
+        rows.clear();
+        row = piece = pieces = 0;
+    }
+};
+
 // ---- sums ----
 
 // logits[n][kx][x] = sum_c queries[n][c][x] * keys[c][key of kx for query x], for N rows of queries
@@ -478,33 +516,36 @@ typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
 typedef double Doubles __attribute__((vector_size(LANES * sizeof(double))));
 typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
 
-inline Doubles exp2_of(Doubles x) {
-    for (int i = 0; i < LANES; i++) x[i] = std::exp2(x[i]);
-    return x;
-}
-
 inline Doubles log2_of(Doubles x) {
     for (int i = 0; i < LANES; i++) x[i] = std::log2(x[i]);
     return x;
 }
 
-// 2^x for x <= 1, relative error 1e-7; zero below -126.5; NaN stays NaN.
-inline Floats exp2_of(Floats x) {
-    const float shift = 0x1.8p23f + 127;  // brings the nearest integer + 127 into the lowest bits
-    x = x < -127.0f ? Floats{} - 127.0f : x;
-    Floats shifted = x + shift, r = x - (shifted - shift);
-    Floats p = r * 1.32647271e-3f + 9.67151286e-3f;
-    p = p * r + 5.55073375e-2f;
-    p = p * r + 2.40222421e-1f;
-    p = p * r + 6.93146978e-1f;
-    p = p * r + 1.0f;
-    Ints bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    bits <<= 23;
-    Floats power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
+// 2^x for x <= 1, relative error 2e-7; zero below -126.5; NaN stays NaN. The constants are kept in registers.
+struct Exp2 {
+    Floats least = Floats{} - 127.0f;
+    Floats shift = Floats{} + (0x1.8p23f + 127);  // brings the nearest integer + 127 into the lowest bits
+    Floats c1 = Floats{} + 6.93146978e-1f, c2 = Floats{} + 2.40222421e-1f, c3 = Floats{} + 5.55073375e-2f,
+           c4 = Floats{} + 9.67151286e-3f, c5 = Floats{} + 1.32647271e-3f, one = Floats{} + 1.0f;
+    INLINE Exp2() {
+        for (Floats *c : {&least, &shift, &c1, &c2, &c3, &c4, &c5, &one}) keep(*c);
+    }
+    INLINE Floats operator()(Floats x) const {
+        x = x < least ? least : x;
+        Floats shifted = x + shift, r = x - (shifted - shift);
+        Floats p = ((((r * c5 + c4) * r + c3) * r + c2) * r + c1) * r + one;
+        Ints bits;
+        std::memcpy(&bits, &shifted, sizeof bits);
+        bits <<= 23;
+        Floats power;
+        std::memcpy(&power, &bits, sizeof power);
+        return p * power;
+    }
+    Doubles operator()(Doubles x) const {
+        for (int i = 0; i < LANES; i++) x[i] = std::exp2(x[i]);
+        return x;
+    }
+};
 
 // log2 of normal numbers: exponent + 2 atanh((m - 1) / (m + 1)) / ln 2 with m in [sqrt(1/2), sqrt(2)]
 inline Floats log2_of(Floats x) {
@@ -524,13 +565,14 @@ inline Floats log2_of(Floats x) {
 // Logits (K², LANES), in units of ln 2, become weights that are not normalised yet; returns their sum, and their
 // log2-sum-exp2.
 inline std::pair<Vec, Vec> softmax(T *logits) {
+    const Exp2 exp2;
     Vec top = load(logits), sum = {};
     for (int i = 1; i < K * K; i++) {
         Vec value = load(logits + i * LANES);
         top = value > top ? value : top;
     }
     for (int i = 0; i < K * K; i++) {
-        Vec value = exp2_of(load(logits + i * LANES) - top);
+        Vec value = exp2(load(logits + i * LANES) - top);
         sum += value;
         store(logits + i * LANES, value);
     }
@@ -540,9 +582,10 @@ inline std::pair<Vec, Vec> softmax(T *logits) {
 // Logits become weights, gradients of weights those of logits; returns sum(weights * their gradients), and scales both.
 // Lanes from `valid` on become zero.
 inline Vec softmax_backward(T *logits, T *grads, Vec lse, int64_t valid, T alpha, T scale) {
+    const Exp2 exp2;
     Vec sum = {};
     for (int i = 0; i < K * K; i++) {
-        Vec weight = exp2_of(load(logits + i * LANES) - lse);
+        Vec weight = exp2(load(logits + i * LANES) - lse);
         sum += weight * load(grads + i * LANES);
         store(logits + i * LANES, weight);
     }
@@ -583,7 +626,7 @@ struct Arena {
 
 // The logits of one head and one tile of a block of rows; or, of gradients and values, the gradients of the weights.
 void block_products(const Sizes &s, int64_t head, int64_t tile, int64_t top, int64_t rows, const T *queries,
-                    const T *keys, T *logits) {
+                    const T *keys, T *logits, Prefetch &ahead) {
     int64_t channel = head * s.parts * CHANNELS;
     const T *first = queries + (tile * s.channels() + channel) * ROWS * LANES;
     for (size_t r = 0; r < s.seen.size(); r++) {
@@ -598,6 +641,7 @@ void block_products(const Sizes &s, int64_t head, int64_t tile, int64_t top, int
         if (!n) continue;
         int64_t y = reflect(top + int64_t(r), s.height);
         const T *key = keys + y % s.capacity * s.tall_keys() + channel * s.pitch + tile * s.tile;
+        ahead.step();
         if (n == 1) products<1>(s, query, key, out);
         if (n == 2) products<2>(s, query, key, out);
         if (n == 3) products<3>(s, query, key, out);
@@ -607,7 +651,7 @@ void block_products(const Sizes &s, int64_t head, int64_t tile, int64_t top, int
 
 // The weighted sums of one row of keys or values for each query of a tile, for all parts of a head.
 void block_gather(const Sizes &s, Gather gather, int64_t head, int64_t tile, int64_t y, const T *weights,
-                  const T *ring, const T *scale, T *out) {
+                  const T *ring, const T *scale, T *out, Prefetch &ahead) {
     for (int64_t part = head * s.parts; part < (head + 1) * s.parts; part++) {
         const T *rows[K];
         for (int64_t ky = 0; ky < K; ky++) {
@@ -615,12 +659,13 @@ void block_gather(const Sizes &s, Gather gather, int64_t head, int64_t tile, int
             rows[ky] = ring + from % s.capacity * s.wide_keys() +
                        (part * s.columns + tile * s.tile * s.stride) * CHANNELS;
         }
+        ahead.step();
         gather(s, weights, rows, scale, out + (part * s.query_columns + tile * s.tile) * CHANNELS);
     }
 }
 
 void block_scatter(const Sizes &s, Scatter scatter, int64_t head, int64_t tile, int64_t top, int64_t rows,
-                   const T *weights, const T *queries, T *ring) {
+                   const T *weights, const T *queries, T *ring, Prefetch &ahead) {
     for (size_t r = 0; r < s.seen.size(); r++) {
         int64_t y = reflect(top + int64_t(r), s.height);
         for (int64_t part = head * s.parts; part < (head + 1) * s.parts; part++) {
@@ -633,6 +678,7 @@ void block_scatter(const Sizes &s, Scatter scatter, int64_t head, int64_t tile, 
                 query[n++] = queries + row * s.wide_queries() + (part * s.query_columns + tile * s.tile) * CHANNELS;
             }
             T *keys = ring + y % s.capacity * s.wide_keys() + (part * s.columns + tile * s.tile * s.stride) * CHANNELS;
+            ahead.step();
             if (n) scatter(s, n, weight, query, keys);
         }
     }
@@ -653,6 +699,7 @@ void forward_task(const Sizes &s, const Map &q, const Map &k, const Map &v, cons
     T *sums = arena.take(ROWS * s.wide_queries());
     Gather gather = sums_for(s).first;
     const T scale = T(1.4426950408889634) / std::sqrt(T(s.dim));
+    Prefetch ahead(s);
     int64_t read = 0;
     for (int64_t y = 0; y < s.out_height; y += ROWS) {
         int64_t rows = std::min<int64_t>(ROWS, s.out_height - y), top = y * s.stride - s.reach;
@@ -663,9 +710,17 @@ void forward_task(const Sizes &s, const Map &q, const Map &k, const Map &v, cons
         }
         for (int64_t i = 0; i < rows; i++)
             read_queries(s, q, (y + i) * s.stride, s.stride, scale, i, query, queries);
+        int64_t more = std::min<int64_t>(ROWS, s.out_height - y - rows);
+        for (int64_t i = 0; i < more; i++) ahead.add(q, (y + rows + i) * s.stride, s.stride, s.out_width);
+        for (int64_t row = read; more > 0 && row <= last_row(s, y + rows, more); row++) {
+            ahead.add(k, row, 1, s.width);
+            ahead.add(v, row, 1, s.width);
+        }
+        for (int64_t i = 0; i < rows; i++) ahead.add(out, y + i, 1, s.out_width, true);
+        ahead.start(s.group * s.tiles * (int64_t(s.seen.size()) + rows * s.parts));
         for (int64_t head = 0; head < s.group; head++)
             for (int64_t tile = 0; tile < s.tiles; tile++) {
-                block_products(s, head, tile, top, rows, queries, keys, weights);
+                block_products(s, head, tile, top, rows, queries, keys, weights, ahead);
                 for (int64_t i = 0; i < rows; i++) {
                     auto [sum, logs] = softmax(weights + i * K * K * LANES);
                     T inverse[LANES];
@@ -675,9 +730,10 @@ void forward_task(const Sizes &s, const Map &q, const Map &k, const Map &v, cons
                         std::memcpy(at, &logs, std::min(s.tile, s.out_width - tile * s.tile) * sizeof(T));
                     }
                     block_gather(s, gather, head, tile, y + i, weights + i * K * K * LANES, values, inverse,
-                                 sums + i * s.wide_queries());
+                                 sums + i * s.wide_queries(), ahead);
                 }
             }
+        ahead.clear();
         for (int64_t i = 0; i < rows; i++)
             for (int64_t part = 0; part < s.all_parts(); part++)
                 write_line(line_of(s, out, y + i, 1, s.out_width, part),
@@ -754,6 +810,7 @@ void backward_task(const Sizes &s, const Map &grad, const Map &q, const Map &k, 
     std::fill(moments, moments + 2 * s.channels(), T(0));
     std::vector<Vec> dalpha(s.group, Vec{});
 
+    Prefetch ahead(s);
     int64_t read = 0, written = 0;
     auto write_row = [&] {
         T *dk = dkeys + written % s.capacity * s.wide_keys(), *dv = dvalues + written % s.capacity * s.wide_keys();
@@ -781,22 +838,37 @@ void backward_task(const Sizes &s, const Map &grad, const Map &q, const Map &k, 
             read_queries(s, q, (y + i) * s.stride, s.stride, scale, i, queries + i * s.wide_queries(), tall_queries);
             read_queries(s, grad, y + i, 1, T(1), i, grads + i * s.wide_queries(), tall_grads);
         }
+        int64_t more = std::min<int64_t>(ROWS, s.out_height - y - rows);
+        for (int64_t i = 0; i < more; i++) {
+            ahead.add(q, (y + rows + i) * s.stride, s.stride, s.out_width);
+            ahead.add(grad, y + rows + i, 1, s.out_width);
+        }
+        for (int64_t row = read; more > 0 && row <= last_row(s, y + rows, more); row++) {
+            ahead.add(k, row, 1, s.width);
+            ahead.add(v, row, 1, s.width);
+            if (row < s.capacity) continue;
+            ahead.add(to.k, row - s.capacity, 1, s.width, true);
+            ahead.add(to.v, row - s.capacity, 1, s.width, true);
+        }
+        for (int64_t i = 0; i < rows; i++) ahead.add(to.q, (y + i) * s.stride, s.stride, s.out_width, true);
+        ahead.start(s.group * s.tiles * (2 * (1 + s.parts) * int64_t(s.seen.size()) + rows * s.parts));
         for (int64_t head = 0; head < s.group; head++)
             for (int64_t tile = 0; tile < s.tiles; tile++) {
                 int64_t valid = std::min(s.tile, s.out_width - tile * s.tile);
-                block_products(s, head, tile, top, rows, tall_queries, tall_keys, weights);
-                block_products(s, head, tile, top, rows, tall_grads, tall_values, dlogits);
+                block_products(s, head, tile, top, rows, tall_queries, tall_keys, weights, ahead);
+                block_products(s, head, tile, top, rows, tall_grads, tall_values, dlogits, ahead);
                 for (int64_t i = 0; i < rows; i++) {
                     T *weight = weights + i * K * K * LANES, *dlogit = dlogits + i * K * K * LANES;
                     const T *at = lse + (head * s.out_height + y + i) * s.out_width + tile * s.tile;
                     Vec logs = {};
                     for (int64_t x = 0; x < valid; x++) logs[x] = at[x];
                     dalpha[head] += softmax_backward(weight, dlogit, logs, valid, alpha, alpha / log2e);
-                    block_gather(s, gather, head, tile, y + i, dlogit, keys, scales, sums + i * s.wide_queries());
+                    block_gather(s, gather, head, tile, y + i, dlogit, keys, scales, sums + i * s.wide_queries(), ahead);
                 }
-                block_scatter(s, scatter, head, tile, top, rows, dlogits, queries, dkeys);
-                block_scatter(s, scatter, head, tile, top, rows, weights, grads, dvalues);
+                block_scatter(s, scatter, head, tile, top, rows, dlogits, queries, dkeys, ahead);
+                block_scatter(s, scatter, head, tile, top, rows, weights, grads, dvalues, ahead);
             }
+        ahead.clear();
         for (int64_t i = 0; i < rows; i++)
             write_queries(s, sums + i * s.wide_queries(), spread, to.q, y + i, accumulate);
     }
