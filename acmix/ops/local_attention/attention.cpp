@@ -98,8 +98,8 @@ struct Sizes {
         tile = tile_of(out_width);
         tiles = (out_width + tile - 1) / tile;
         int64_t shift = (K - 1) * dilation / stride;
-        phase = ((tiles - 1) * tile + shift + 2 * LANES - 1) / LANES * LANES;
-        pitch = stride * phase + (stride * phase / LANES % 2 ? 0 : LANES);  // odd, so that channels differ in cache sets
+        phase = std::max<int64_t>(tiles * tile + shift, LANES);
+        pitch = stride * phase + (stride * phase % 32 ? 0 : 8);  // so that channels differ in cache sets
         columns = std::max(width + 2 * reach, std::max(stride * phase, (tiles * tile - 1) * stride + 2 * reach + 1));
         query_columns = (tiles - 1) * tile + LANES;
         capacity = std::min(height, int64_t(seen.size()));
@@ -130,7 +130,7 @@ struct Sizes {
     int64_t all_parts() const { return group * parts; }
     int64_t channels() const { return all_parts() * CHANNELS; }
     int64_t wide_keys() const { return channels() * columns; }
-    int64_t tall_keys() const { return channels() * pitch; }
+    int64_t tall_keys() const { return channels() * pitch + LANES; }  // the last lanes of a vector may hold anything
     int64_t wide_queries() const { return channels() * query_columns; }
     int64_t tall_queries() const { return tiles * channels() * ROWS * LANES; }
     int64_t weights() const { return ROWS * K * K * LANES; }
@@ -337,9 +337,11 @@ void read_keys(const Sizes &s, const Map &map, int64_t y, const T *position, T *
 void turn_keys(const Sizes &s, const T *wide, T *tall) {
     for (int64_t part = 0; part < s.all_parts(); part++)
         for (int64_t phase = 0; phase < s.stride; phase++)
-            for (int64_t x = 0; x < s.phase; x += LANES)
+            for (int64_t next = 0; next < s.phase; next += LANES) {
+                int64_t x = std::min(next, s.phase - LANES);
                 turn(wide + (part * s.columns + x * s.stride + phase) * CHANNELS, s.stride,
                      tall + part * CHANNELS * s.pitch + phase * s.phase + x, s.pitch);
+            }
 }
 
 // Row i of a block of queries, times `scale`: wide, with zeros at the end, and its share of the tall block
