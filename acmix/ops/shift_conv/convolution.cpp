@@ -39,11 +39,41 @@ inline void keep(Vec &value) {
 #endif
 }
 
+// Lines of memory that are fetched into the cache ahead of their use, some at a time, so that computing hides the wait.
+struct Ahead {
+    struct Stream {
+        const char *base;
+        const int64_t *offset, *end;
+        bool written;
+    };
+    Stream streams[8];
+    int count = 0, current = 0;
+    int64_t size = 0, burst = 0;
+    void add(const void *base, const std::vector<int64_t> &offsets, bool written = false) {
+        streams[count++] = {static_cast<const char *>(base), offsets.data(), offsets.data() + offsets.size(), written};
+        size += offsets.size();
+    }
+    void begin(int64_t bursts) { burst = (size + bursts - 1) / bursts; }
+    void fetch() {
+        for (int64_t i = 0; i < burst && current < count;) {
+            Stream &stream = streams[current];
+            if (stream.offset == stream.end) {
+                current++;
+                continue;
+            }
+            if (stream.written) __builtin_prefetch(stream.base + *stream.offset++, 1);
+            else __builtin_prefetch(stream.base + *stream.offset++, 0);
+            i++;
+        }
+    }
+};
+
 // The rows that a row of results is summed over. Tap t of each is at offset[t]; its weights are in the order of the taps.
 struct Taps {
     std::vector<const T *> rows, weights;
     const int64_t *offset;
     int64_t count;
+    Ahead *ahead;
 };
 
 // STEPS neighbouring vectors of OUTS rows of results.
@@ -52,6 +82,7 @@ __attribute__((noinline)) void convolve(const Taps &taps, int64_t x, T *out, int
     Vec sum[OUTS][STEPS] = {};
     for (size_t row = 0; row < taps.rows.size(); row++) {
         const T *from = taps.rows[row] + x, *weights = taps.weights[row];
+        taps.ahead->fetch();
         for (int64_t tap = 0; tap < taps.count; tap++, weights += OUTS * LANES) {
             const T *values = from + taps.offset[tap];
 #pragma GCC unroll 8
@@ -73,6 +104,7 @@ __attribute__((noinline)) void convolve(const Taps &taps, int64_t x, T *out, int
 struct Pairs {
     std::vector<const T *> grads, inputs;
     int64_t head_pitch, vectors;
+    Ahead *ahead;
 };
 
 // Adds to sums[tap][n] the products of the gradients of OUTS heads with the inputs of STEPS taps.
@@ -85,6 +117,7 @@ __attribute__((noinline)) void correlate(const Pairs &pairs, int64_t head, const
         for (int n = 0; n < OUTS; n++) sum[t][n] = load(sums + (t * OUTS + n) * LANES);
     for (size_t row = 0; row < pairs.grads.size(); row++) {
         const T *grads = pairs.grads[row] + head * pairs.head_pitch, *inputs = pairs.inputs[row];
+        pairs.ahead->fetch();
         for (int64_t x = 0; x < pairs.vectors; x++, grads += LANES, inputs += LANES) {
             Vec grad[OUTS];
 #pragma GCC unroll 4
@@ -361,6 +394,25 @@ void unpack_output(const Layout &l, const Map &map, const T *rows, S *row) {
                 row[c * step + n * map.channel + x * map.column] = S(rows[n * length + x * l.padded + c]);
 }
 
+// Where the lines of a row of a map lie, `maps` times from `valid` channels with `step` between their first ones.
+std::vector<int64_t> lines(const Map &map, int64_t maps, int64_t step, int64_t apart, int64_t valid, int64_t width) {
+    constexpr int64_t LINE = 64;
+    std::vector<int64_t> offsets;
+    auto add = [&](int64_t first, int64_t count) {
+        int64_t end = (first + count) * sizeof(S);
+        for (int64_t at = first * sizeof(S); at < end; at += LINE)
+            if (offsets.empty() || at < offsets.back() || at >= offsets.back() + LINE) offsets.push_back(at);
+    };
+    if (apart == 1) {
+        for (int64_t x = 0; x < width; x++)
+            for (int64_t m = 0; m < maps; m++) add(x * map.column + m * step, valid);
+    } else if (map.column == 1) {
+        for (int64_t m = 0; m < maps; m++)
+            for (int64_t c = 0; c < valid; c++) add(m * step + c * apart, width);
+    }
+    return offsets;
+}
+
 // Aligned scratch memory, handed out piece by piece.
 struct Memory {
     T *next;
@@ -402,8 +454,11 @@ struct Inputs {
     }
 };
 
-void output_row(const Layout &l, const Ring &inputs, const T *weights, int64_t y, T *rows) {
-    Taps taps{{}, {}, l.input_offset.data(), l.inputs * l.kernel};
+int64_t pieces(int64_t count, int64_t most) { return (count + most - 1) / most; }
+
+void output_row(const Layout &l, const Ring &inputs, const T *weights, int64_t y, T *rows, Ahead ahead) {
+    Taps taps{{}, {}, l.input_offset.data(), l.inputs * l.kernel, &ahead};
+    ahead.begin(pieces(l.heads, MOST_OUTS) * l.kernel * pieces(l.vectors, MOST_STEPS));
     cut(l.heads, MOST_OUTS, [&](int64_t start, int64_t outs) {
         taps.rows.clear(), taps.weights.clear();
         const T *from = weights + start * l.inputs * l.taps() * LANES;
@@ -421,8 +476,10 @@ void output_row(const Layout &l, const Ring &inputs, const T *weights, int64_t y
 }
 
 // A row of the gradient of one of q, k and v: to packed rows, or straight to memory where `row` is not null.
-void input_grad_row(const Layout &l, const Ring &grads, const T *weights, int64_t y, T *rows, T *row, int64_t column) {
+void input_grad_row(const Layout &l, const Ring &grads, const T *weights, int64_t y, T *rows, T *row, int64_t column,
+                    Ahead &ahead) {
     Taps taps;
+    taps.ahead = &ahead;
     cut(l.heads, MOST_OUTS, [&](int64_t start, int64_t outs) {
         for (int64_t f = 0; f < l.stride; f++) {
             int64_t x = l.column(f);
@@ -447,9 +504,10 @@ void input_grad_row(const Layout &l, const Ring &grads, const T *weights, int64_
 }
 
 // The share of the rows from y to end - 1 in the gradient of the weight.
-void weight_grad(const Layout &l, const Ring &inputs, const Ring &grads, int64_t y, int64_t end, T *sums) {
+void weight_grad(const Layout &l, const Ring &inputs, const Ring &grads, int64_t y, int64_t end, T *sums, Ahead ahead) {
     const int64_t taps = l.inputs * l.kernel;
-    Pairs pairs{{}, {}, l.grad_map, l.vectors};
+    Pairs pairs{{}, {}, l.grad_map, l.vectors, &ahead};
+    ahead.begin(pieces(l.heads, MOST_OUTS) * l.kernel * pieces(taps, MOST_STEPS) * (end - y));
     for (int64_t ky = 0; ky < l.kernel; ky++) {
         pairs.grads.clear(), pairs.inputs.clear();
         for (int64_t i = y; i < end; i++) {
@@ -495,12 +553,21 @@ void forward(const Problem *problem, const Map *maps, const T *weight, const Map
                       memory.take(l.width * LANES + LANES * LANES)};
         T *rows = memory.take(rows_size);
         pack_weights(l, weight, weights);
+        const auto in_lines = lines(maps[0], l.heads, l.dim * maps[0].channel, maps[0].channel, l.valid, l.width);
+        const auto out_lines = lines(*out, l.pixels == 1 || out->channel != 1 ? l.heads : 1, out->channel == 1 ? l.valid : out->channel, out->channel == 1 ? 1 : l.heads * out->channel, out->channel == 1 && l.pixels > 1 ? l.valid * l.heads : l.valid, l.out_width);
         each_band(*problem, task / blocks(*problem), l.out_height, [&](int64_t image, int64_t y, int64_t stop) {
             inputs.ring.next = std::max<int64_t>(0, y * l.stride - l.pad);
             for (; y < stop; y++) {
                 inputs.advance(l, image, y + 1);
-                output_row(l, inputs.ring, weights, y, rows);
-                unpack_output(l, *out, rows, out->data + image * out->image + l.first * l.heads * out->channel + y * out->row);
+                S *row = out->data + image * out->image + l.first * l.heads * out->channel + y * out->row;
+                Ahead ahead;
+                ahead.add(row, out_lines, true);
+                if (y + 1 < stop)
+                    for (int64_t i = inputs.ring.next; i < std::min(l.height, y * l.stride + l.stride + l.pad + 1); i++)
+                        for (int64_t j = 0; j < 3 && ahead.count < 8; j++)
+                            ahead.add(maps[j].data + image * maps[j].image + l.first * maps[j].channel + i * maps[j].row, in_lines);
+                output_row(l, inputs.ring, weights, y, rows, ahead);
+                unpack_output(l, *out, rows, row);
             }
         });
     });
@@ -520,14 +587,17 @@ void backward(const Problem *problem, const Map *grad, const Map *maps, const T 
         T *rows = memory.take(rows_size);
         pack_weights_for_inputs(l, weight, weights);
         std::fill_n(sums, l.weights(), T(0));
-        auto gradient_rows = [&](int64_t image, int64_t y) {
+        const auto in_lines = lines(maps[0], l.heads, l.dim * maps[0].channel, maps[0].channel, l.valid, l.width);
+        const auto dmap_lines = lines(dmaps[0], l.heads, l.dim * dmaps[0].channel, dmaps[0].channel, l.valid, l.width);
+        const auto grad_lines = lines(*grad, l.pixels == 1 || grad->channel != 1 ? l.heads : 1, grad->channel == 1 ? l.valid : grad->channel, grad->channel == 1 ? 1 : l.heads * grad->channel, grad->channel == 1 && l.pixels > 1 ? l.valid * l.heads : l.valid, l.out_width);
+        auto gradient_rows = [&](int64_t image, int64_t y, Ahead &ahead) {
             for (int64_t i = 0; i < 3; i++) {
                 const Map &map = dmaps[i];
                 S *row = map.data + image * map.image + l.first * map.channel + y * map.row;
                 const T *from = weights + i * l.weights() / 3;
                 T *direct = nullptr;
                 if constexpr (std::is_same_v<S, T>) direct = map.channel == 1 && l.valid == LANES ? reinterpret_cast<T *>(row) : nullptr;
-                input_grad_row(l, grads, from, y, rows, direct, map.column);
+                input_grad_row(l, grads, from, y, rows, direct, map.column, ahead);
                 if (!direct) unpack_input_grad(l, map, rows, row, inputs.line);
             }
         };
@@ -541,8 +611,21 @@ void backward(const Problem *problem, const Map *grad, const Map *maps, const T 
                     pack_grad(l, *grad, grad->data + image * grad->image + l.first * l.heads * grad->channel + row * grad->row,
                               packed);
                 });
-                weight_grad(l, inputs.ring, grads, y, last, sums);
-                for (int64_t i = y * l.stride; i < bottom; i++) gradient_rows(image, i);
+                Ahead targets;
+                for (int64_t i = y * l.stride; i < bottom; i++)
+                    for (int64_t j = 0; j < 3 && targets.count < 8; j++)
+                        targets.add(dmaps[j].data + image * dmaps[j].image + l.first * dmaps[j].channel + i * dmaps[j].row, dmap_lines, true);
+                weight_grad(l, inputs.ring, grads, y, last, sums, targets);
+                Ahead ahead;
+                if (last < stop) {
+                    for (int64_t i = grads.next; i < std::min(l.out_height, grads.next + l.chunk) && ahead.count < 8; i++)
+                        ahead.add(grad->data + image * grad->image + l.first * l.heads * grad->channel + i * grad->row, grad_lines);
+                    for (int64_t i = inputs.ring.next; i < std::min(l.height, inputs.ring.next + l.chunk * l.stride); i++)
+                        for (int64_t j = 0; j < 3 && ahead.count < 8; j++)
+                            ahead.add(maps[j].data + image * maps[j].image + l.first * maps[j].channel + i * maps[j].row, in_lines);
+                }
+                ahead.begin((bottom - y * l.stride) * 3 * pieces(l.heads, MOST_OUTS) * l.kernel * pieces(l.width, MOST_STEPS * l.pixels));
+                for (int64_t i = y * l.stride; i < bottom; i++) gradient_rows(image, i, ahead);
             }
         });
         unpack_weight_grad(l, sums, dweight + task / blocks(*problem) * l.heads * l.inputs * l.taps() * l.dim);
