@@ -92,8 +92,8 @@ def test_the_authors_code_comes_from_a_clone(tmp_path: Path) -> None:
         (["authors:resnet26"], "needs --authors PATH"),
         (["authors:resnet26", "--authors", "/nowhere"], "no ResNet/test_bottleneck.py there"),
         (["authors:nosuch", "--authors", "/nowhere"], "choose one of"),
-        (["--suite", "--out", "/proc/nowhere/deep"], "No such file"),
-        (["block:16x8", "--json", "/proc/nowhere/x.json"], "cannot write"),
+        (["--suite", "--out", "/proc/nowhere/deep"], "--out /proc/nowhere/deep: cannot write there: No such file"),
+        (["block:16x8", "--json", "/proc/nowhere/x.json"], "--json /proc/nowhere/x.json: cannot write there"),
     ],
 )
 def test_bad_usage_is_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

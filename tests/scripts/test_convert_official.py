@@ -78,7 +78,7 @@ def test_the_result_loads_with_plain_timm_and_is_not_overwritten_unasked(script,
         ("out.safetensors", "acmix_resnet27", "did you mean acmix_resnet26"),
         ("out.safetensors", "resnet26", "not ResNet"),
         ("out.pth", "acmix_resnet26", "must end in .safetensors"),
-        ("/proc/missing/out.safetensors", "acmix_resnet26", "cannot write"),
+        ("/proc/out.safetensors", "acmix_resnet26", "OUT /proc/out.safetensors: cannot write there"),
     ],
 )
 def test_what_cannot_be_converted_is_one_error_and_leaves_nothing(
