@@ -136,21 +136,13 @@ def test_what_the_encoding_lacks_is_written_as_escapes(monkeypatch: pytest.Monke
     assert narrow.buffer.getvalue() == b"3 \\xb5s\n"  # type: ignore[attr-defined]
 
 
-def start_run(folder: Path, prepare: Callable[[], object], *overrides: str, **streams: Any) -> subprocess.Popen[str]:
-    """Start a run in `folder`/run; `prepare` is called in its process before it begins."""
-    (folder / "tiny.yaml").write_text(CONFIG)
-    command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny.yaml", "run.dir=run", *overrides]
-    return subprocess.Popen(command, cwd=folder, text=True, preexec_fn=prepare, **streams)
-
-
-def hang_up_after(step: int, run: subprocess.Popen[str], metrics: Path) -> None:
-    """Send SIGHUP once the run has logged `step`."""
-    deadline = time.monotonic() + 120
+def hang_up_after(step: int, pid: int, folder: Path) -> None:
+    """Send SIGHUP to a run in `folder`/run once it has logged `step`."""
+    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count('"train"') < step:
-        assert run.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    run.send_signal(signal.SIGHUP)
+    os.kill(pid, signal.SIGHUP)
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -164,36 +156,44 @@ def assert_whole_until(step: int, folder: Path) -> None:
 
 
 def test_a_run_whose_terminal_hangs_up_saves_and_asks_for_a_requeue(
-    tmp_path: Path, report: Callable[..., None]
+    tmp_path: Path, launcher: Any, report: Callable[..., None]
 ) -> None:
     """Its reader ends first (a pipe into tee), it goes on; then SIGHUP stops it like any stop signal."""
-
-    def as_a_terminal_does() -> None:  # what started the tests may itself ignore the signal
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-    with start_run(tmp_path, as_a_terminal_does, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline().startswith("Results go to run")
-        run.stdout.close()
-        hang_up_after(3, run, tmp_path / "run" / "metrics.jsonl")
-        assert run.wait(60) == 75
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    os.mkfifo(tmp_path / "pipe")
+    command = [ROOT / "train.py", "--config", "tiny.yaml", "run.dir=run"]
+    run = launcher.start(*command, folder=tmp_path, output=tmp_path / "pipe")
+    with open(tmp_path / "pipe") as reader:
+        assert reader.readline().startswith("Results go to run")
+    hang_up_after(3, run.pid, tmp_path)
+    assert run.wait(60) == 75
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "requeue"
     assert_whole_until(summary["step"], tmp_path)
     report("The reader of stdout ends, the terminal hangs up", "The run goes on; SIGHUP saves, exit status 75", 1, 1)
 
 
-def test_a_run_under_nohup_without_any_standard_stream_goes_on_and_writes_to_none_of_its_files(tmp_path: Path) -> None:
-    def as_nohup_does() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        os.closerange(0, 3)
+UNDER_NOHUP = f"""
+import os, runpy, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.closerange(0, 3)
+sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None  # as Python starts then
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
 
-    with start_run(tmp_path, as_nohup_does, "schedule.steps=40") as run:
-        hang_up_after(1, run, tmp_path / "run" / "metrics.jsonl")
-        assert run.wait(120) == 0
+
+def test_a_run_under_nohup_without_any_standard_stream_goes_on_and_writes_to_none_of_its_files(
+    tmp_path: Path, launcher: Any
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "under_nohup.py").write_text(UNDER_NOHUP)
+    command = [tmp_path / "under_nohup.py", "--config", "tiny.yaml", "run.dir=run", "schedule.steps=40"]
+    run = launcher.start(*command, folder=tmp_path)
+    hang_up_after(1, run.pid, tmp_path)
+    assert run.wait() == 0
     assert logged(tmp_path)[-1]["event"] == "end"
     assert_whole_until(40, tmp_path)
-    printed = re.compile(rb"Results go to|alpha/beta|loss ")
+    printed = re.compile(rb"Results go to|step 40/40")
     assert not [file for file in (tmp_path / "run").rglob("*") if file.is_file() and printed.search(file.read_bytes())]
 
 

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,8 +103,8 @@ def test_bad_usage_is_one_message(arguments: list[str], message: str, capsys: py
     assert len(error.splitlines()) == 1
 
 
-def test_the_command_runs_and_is_quiet_on_stderr() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "shift_conv:16x8", *FAST], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert "shift_conv:16x8" in done.stdout
+def test_the_command_runs_and_is_quiet_on_stderr(launcher: Any) -> None:
+    done = launcher.start(SCRIPT, "shift_conv:16x8", *FAST, fresh=True)
+    assert done.wait() == 0
+    assert done.errors == ""
+    assert "shift_conv:16x8" in done.output

@@ -2,8 +2,6 @@
 
 import importlib.util
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -91,21 +89,13 @@ def test_what_cannot_be_converted_is_one_error_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path):
+def test_a_hostile_pickle_is_refused_and_not_executed(script, tmp_path, capsys):
     hostile, witness = tmp_path / "hostile.pth", tmp_path / "executed"
     hostile.write_bytes(pickle.dumps(_Touch(witness)))
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        str(hostile),
-        str(tmp_path / "out.safetensors"),
-        "--model",
-        "acmix_resnet26",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {hostile}")
-    assert "Traceback" not in done.stderr
+    assert script.main([str(hostile), str(tmp_path / "out.safetensors"), "--model", "acmix_resnet26"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {hostile}")
+    assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == [hostile]
 
 
