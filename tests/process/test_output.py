@@ -4,19 +4,16 @@ import io
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from acmix import launch
 from acmix.process.output import unfailing_output
 from acmix.process.program import run_program
 
@@ -197,23 +194,14 @@ def test_a_run_under_nohup_without_any_standard_stream_goes_on_and_writes_to_non
     assert not [file for file in (tmp_path / "run").rglob("*") if file.is_file() and printed.search(file.read_bytes())]
 
 
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stdout and stderr of this process go to a full disk."""
-    with suppress(OSError), open("/dev/full", "w") as full:  # closing it fails as well
-        monkeypatch.setattr(sys, "stdout", full)
-        monkeypatch.setattr(sys, "stderr", full)
-        yield
-        monkeypatch.undo()
-
-
-def test_a_run_on_a_full_disk_for_its_output_goes_on(full_disk: None, tmp_path: Path) -> None:
+def test_a_run_on_a_full_disk_for_its_output_goes_on(tmp_path: Path, launcher: Any) -> None:
     (tmp_path / "tiny.yaml").write_text(CONFIG)
-    main = runpy.run_path(str(ROOT / "train.py"))["main"]
-    assert main(["--config", f"{tmp_path}/tiny.yaml", f"run.dir={tmp_path}/run", "schedule.steps=3"]) == 0
+    command = [ROOT / "train.py", "--config", "tiny.yaml", "run.dir=run", "schedule.steps=3"]
+    run = launcher.start(*command, folder=tmp_path, output=Path("/dev/full"))
+    assert (run.wait(), run.errors) == (0, "")
     assert_whole_until(3, tmp_path)
 
 
-def test_the_launcher_ends_as_it_would_on_a_full_disk(full_disk: None) -> None:
-    with pytest.raises(SystemExit, match=r"^0$"):
-        launch.main(["--help"])
+def test_the_launcher_of_several_processes_ends_as_it_would_on_a_full_disk(launcher: Any) -> None:
+    program = launcher.start(ROOT / "acmix" / "launch.py", "--help", output=Path("/dev/full"))
+    assert (program.wait(), program.errors) == (0, "")
