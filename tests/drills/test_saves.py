@@ -103,6 +103,7 @@ def test_what_is_saved_is_what_is_loaded_again_and_again(
 
 
 def test_a_program_that_ends_finishes_the_save_it_began(tmp_path: Path) -> None:
+    """By an interpreter that ends as it does for everybody, not as the launcher's programs end."""
     options = ["--steps", "1", "--size", "500000", "--background", "--leave"]
     assert subprocess.run([sys.executable, SAVE_LOOP, tmp_path, *options], check=False).returncode == 0
     assert assert_all_sound(tmp_path, at_least=1) == 1
