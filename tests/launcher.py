@@ -23,7 +23,14 @@ from typing import Any, TextIO
 
 PACKAGES = ("torch", "timm", "torchvision", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard",
             "pydantic", "safetensors.torch")  # fmt: skip
-OURS = ("acmix.config", "acmix.models", "acmix.data.loader", "acmix.engine.trainer", "acmix.checkpoint.store")
+OURS = (
+    "acmix.config",
+    "acmix.models",
+    "acmix.data.arrays",
+    "acmix.data.loader",
+    "acmix.engine.trainer",
+    "acmix.checkpoint.store",
+)
 
 
 def become(request: dict[str, Any]) -> None:
@@ -110,6 +117,7 @@ def fork_loaded() -> tuple[TextIO, TextIO] | None:
     for descriptor in (*requests, *answers):
         os.close(descriptor)
     load(OURS)
+    sys.modules["acmix.data.arrays"].read_digits()  # which most programs train on
     return None
 
 

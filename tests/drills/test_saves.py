@@ -164,7 +164,7 @@ def can_mount() -> bool:
     return subprocess.run(attempt, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("on_error", ["stop", "continue"])
+@pytest.mark.parametrize("on_error", [pytest.param("stop", marks=pytest.mark.drill), "continue"])
 def test_a_full_disk_leaves_the_last_checkpoint_intact(on_error: str, tmp_path: Path) -> None:
     if not can_mount():
         pytest.skip("needs unshare with a mount namespace, to make a small disk")
