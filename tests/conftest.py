@@ -130,9 +130,7 @@ class Launcher:
         return started
 
     def start_ranks(self, count: int, *command: Any, env: dict[str, str] | None = None) -> list[Program]:
-        """Start a program `count` times, as the processes of one group under torchrun; 1: alone, without a group."""
-        if count == 1:
-            return [self.start(*command, env=env)]
+        """Start a program `count` times, as torchrun starts the processes of one group."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

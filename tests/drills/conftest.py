@@ -16,11 +16,11 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def start_training(launcher: Any) -> Callable[..., list[Any]]:
-    """Start the smallest run (faulty_train.py on digits.yaml) in `folder`, as the `ranks` processes of one group."""
+    """Start the smallest run (faulty_train.py on digits.yaml) in `folder`: alone, or as the `ranks` of one group."""
 
     def start(folder: Path, *arguments: object, ranks: int = 1, env: dict[str, str] | None = None) -> list[Any]:
-        command = ["--config", HERE / "digits.yaml", f"run.dir={folder}", *arguments]
-        return launcher.start_ranks(ranks, HERE / "faulty_train.py", *command, env=env)
+        command = [HERE / "faulty_train.py", "--config", HERE / "digits.yaml", f"run.dir={folder}", *arguments]
+        return launcher.start_ranks(ranks, *command, env=env) if ranks > 1 else [launcher.start(*command, env=env)]
 
     return start
 
