@@ -75,6 +75,7 @@ def test_programs_end_as_they_would_on_a_full_disk(command: str, status: int) ->
 
 def test_a_pipe_that_nobody_reads_is_given_up_after_a_while() -> None:
     """A descriptor set to non-blocking, as programs that share a terminal leave it; and any descriptor of a run."""
+    started = []
     for blocking, wait in ((False, True), (True, False)):
         reader, writer = os.pipe()
         os.set_blocking(writer, blocking)
@@ -82,11 +83,12 @@ def test_a_pipe_that_nobody_reads_is_given_up_after_a_while() -> None:
             "import sys; from acmix.process.output import unfailing_output\n"
             f"with unfailing_output(wait={wait}):\n    for _ in range(3000): print('x' * 99, flush=True)"
         )
-        done = subprocess.run([sys.executable, "-c", program], stdout=writer, timeout=60, check=False)
+        started.append((reader, subprocess.Popen([sys.executable, "-c", program], stdout=writer)))
         os.close(writer)
+    for reader, process in started:
+        assert process.wait(60) == 0
         with open(reader) as pipe:
             assert set(pipe.read().splitlines()[:-1]) == {"x" * 99}
-        assert done.returncode == 0
 
 
 def test_a_slow_reader_gets_every_line() -> None:
