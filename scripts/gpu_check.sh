@@ -11,6 +11,7 @@
 # Installs nothing and needs no network. PYTHON names the interpreter (python3), AUTHORS a clone of the authors' code for
 # the rows that compare with it. Every step runs even when one before it failed; the exit status is then 1. 2: no GPU.
 set -uo pipefail
+trap '' PIPE  # with tee -p: a reader that ends stops nothing
 out=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/.."
 out=${out:-benchmarks/gpu}
@@ -23,19 +24,22 @@ if ! "$python" -c 'import torch; raise SystemExit(0 if torch.cuda.is_available()
     echo "error: $python sees no CUDA device (or no torch); this check needs both" >&2
     exit 2
 fi
-mkdir -p "$out"
+if ! mkdir -p "$out" || ! touch "$out/tests.txt"; then
+    echo "error: cannot write to $out; choose another FOLDER" >&2
+    exit 2
+fi
 
 # step NAME SECONDS COMMAND...: output to the screen and NAME.txt; a step past its time is stopped and counts as failed
 step() {
     local name=$1 most=$2 start=$SECONDS
     shift 2
     echo "== $name (at most ${most}s)"
-    timeout "$most" "$@" 2>&1 | tee "$out/$name.txt" || failed+=("$name")
+    timeout "$most" "$@" 2>&1 | tee -p "$out/$name.txt" || failed+=("$name")
     echo "== $name took $((SECONDS - start))s"
 }
 
 "$python" -c 'import torch, triton; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)' \
-    | tee "$out/machine.txt"
+    | tee -p "$out/machine.txt"
 
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
@@ -53,3 +57,4 @@ if ((${#failed[@]})); then
     exit 1
 fi
 echo "All steps passed in ${SECONDS}s; results in $out"
+exit 0

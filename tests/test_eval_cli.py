@@ -1,6 +1,7 @@
 """eval.py's command line: runs, checkpoints and weights files; bad input is refused with one message."""
 
 import json
+import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,31 @@ def test_bad_input_is_refused(run_dir: Path, evaluate: Evaluate, tmp_path: Path)
     assert_refused(evaluate("--checkpoint", "other.safetensors", *config), "other.safetensors", "do not fit")
     file = run_dir / "checkpoints" / "last" / "model.safetensors"
     assert_refused(evaluate("--checkpoint", file, "--weights", "ema"), "ema")
+
+
+def test_a_result_goes_to_new_folders(run_dir: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    outputs = ("--json", tmp_path / "a" / "b" / "x.json", "--report", tmp_path / "c" / "d")
+    result = evaluate("--checkpoint", run_dir, *outputs).result
+    assert json.loads((tmp_path / "a" / "b" / "x.json").read_text()) == result
+    assert (tmp_path / "c" / "d" / "confusion.png").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    run_dir: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    for option, place in (("--json", "/proc/x/y.json"), ("--report", "/proc/x"), ("--json", tmp_path)):
+        outcome = evaluate("--checkpoint", run_dir, option, place)
+        assert_refused(outcome, f"{option} {place}: cannot write there")
+        assert outcome.out == ""
+    assert_refused(evaluate("--checkpoint", run_dir, "--json", "new/x.json", "model.name=no_such"), "no_such")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_result_that_could_not_be_written_is_printed(run_dir: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    outcome = evaluate("--checkpoint", run_dir, "--json", "/dev/full", "--report", tmp_path / "report")
+    assert_refused(outcome, "cannot write /dev/full: No space left")
+    assert json.loads(outcome.out.splitlines()[-1])["count"] == 360
+    assert (tmp_path / "report" / "classes.json").exists()
 
 
 def test_home_and_variables_in_paths_are_expanded(

@@ -1,11 +1,9 @@
 """docs/EXTENDING.md is run as a reader would run it: its files written down, its commands typed, in an empty folder."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,17 +26,18 @@ def write_files(text: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("heading", sections())
-def test_a_section_works_as_it_is_written(heading: str, tmp_path: Path) -> None:
+def test_a_section_works_as_it_is_written(heading: str, tmp_path: Path, launcher: Any) -> None:
     text = sections()[heading]
     write_files(text, tmp_path)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
     assert commands, f"the section {heading} runs nothing"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for command in commands:
-        program, *arguments = shlex.split(command)
-        assert program == "python"
-        found = [str(ROOT / part) if part == "train.py" or part.startswith("configs/") else part for part in arguments]
-        done = subprocess.run(
-            [sys.executable, *found], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        python, program, *arguments = shlex.split(command)
+        assert python == "python"
+        if program == "-c":
+            program, code = "command.py", arguments.pop(0)
+            (tmp_path / program).write_text(code)
+        found = [ROOT / part if part.startswith("configs/") else part for part in arguments]
+        place = ROOT if program == "train.py" else tmp_path
+        ended = launcher.start(place / program, *found, folder=tmp_path, fresh=True)
+        assert ended.wait(240) == 0, f"{command}\n{ended.output}\n{ended.errors}"

@@ -1,13 +1,12 @@
 """train.py's command line: bad input is refused with one message, good input leaves what the contract says."""
 
 import json
-import os
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -315,14 +314,16 @@ def test_grey_images_train_from_weights_for_colour(train: Train) -> None:
 
 
 PRETRAINED = """
-import os, runpy, sys
+import runpy, sys
 from pathlib import Path
+from huggingface_hub import constants
+constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, "hub"  # as its variables in the environment set them
 main = runpy.run_path(sys.argv[1])["main"]
 assert main(["--config", "tiny.yaml", "model.kwargs.pretrained=true", "run.dir=run"]) == 2 and not Path("run").exists()
 from safetensors.torch import save_file
 from acmix import models
 weights = models.create_model("test_resnet.r160_in1k").state_dict()
-cache = Path(os.environ["HF_HOME"], "hub", "models--timm--test_resnet.r160_in1k")
+cache = Path("hub", "models--timm--test_resnet.r160_in1k")
 for folder in ("refs", "snapshots/0"):
     (cache / folder).mkdir(parents=True)
 (cache / "refs" / "main").write_text("0")
@@ -333,15 +334,16 @@ assert model.get_parameter("conv1.0.weight").allclose(summed) and model.get_clas
 """
 
 
-def test_pretrained_weights_are_used_where_they_are_and_explained_where_they_are_not(tmp_path: Path) -> None:
+def test_pretrained_weights_are_used_where_they_are_and_explained_where_they_are_not(
+    tmp_path: Path, launcher: Any
+) -> None:
     (tmp_path / "tiny.yaml").write_text(CONFIG)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PRETRAINED, str(ROOT / "train.py")]
-    answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stderr.count("error: ") == 1
+    (tmp_path / "pretrained.py").write_text(PRETRAINED)
+    program = launcher.start(tmp_path / "pretrained.py", ROOT / "train.py", folder=tmp_path)
+    assert program.wait() == 0, program.errors
+    assert program.errors.count("error: ") == 1
     for part in ("model.kwargs.pretrained", "huggingface.co/timm/test_resnet", "model.checkpoint=FILE"):
-        assert part in answer.stderr
+        assert part in program.errors
 
 
 def test_refusals_do_not_wait_for_torch(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -52,17 +53,24 @@ class ArraySource:
 
 def open_digits(data: DataConfig, split: str) -> ArraySource:
     """scikit-learn's 8 × 8 digits, enlarged to 32 × 32, in a fixed, stratified split. Raises UserError."""
+    is_train = _is_train(data, split)
+    images, targets, train, val = read_digits()
+    chosen = train if is_train else val
+    return ArraySource(f"digits/{split}", images[chosen], targets[chosen], [str(digit) for digit in range(10)])
+
+
+@cache
+def read_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All images (N, 32, 32, 3) and targets, and the indices of both splits; read once, as it takes a while."""
     from sklearn.datasets import load_digits  # a second of imports that other datasets do not need
     from sklearn.model_selection import train_test_split
 
     images, targets = load_digits(return_X_y=True)
     train, val = train_test_split(np.arange(len(targets)), test_size=_DIGITS_VAL, random_state=0, stratify=targets)
-    chosen = np.sort(train if _is_train(data, split) else val)
-    grey = np.rint(images.reshape(-1, 8, 8)[chosen] * (255 / 16)).astype(np.uint8)
+    grey = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     size = (_DIGITS_SIZE, _DIGITS_SIZE)
     large = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in grey]
-    colour = np.repeat(np.stack(large)[..., None], 3, axis=3)
-    return ArraySource(f"digits/{split}", colour, targets[chosen], [str(digit) for digit in range(10)])
+    return np.repeat(np.stack(large)[..., None], 3, axis=3), targets, np.sort(train), np.sort(val)
 
 
 def open_cifar(data: DataConfig, split: str) -> ArraySource:

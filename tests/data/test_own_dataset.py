@@ -1,11 +1,11 @@
 """A dataset of the user's own, from a file of the user's own, is known everywhere after one call."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,24 +45,20 @@ raise SystemExit(train.main(["--config", "tiny.yaml"]) or eval.main(["--checkpoi
 """
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def test_a_file_of_ones_own_trains_and_evaluates_on_a_dataset_of_ones_own(tmp_path: Path) -> None:
+def test_a_file_of_ones_own_trains_and_evaluates_on_a_dataset_of_ones_own(tmp_path: Path, launcher: Any) -> None:
     (tmp_path / "stripes.py").write_text(OWN_FILE)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
-    refused = run(tmp_path, "stripes.py", "--config", "tiny.yaml", "data.dataset=stripe")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert "data.dataset: unknown dataset 'stripe'; nearest: stripes" in refused.stderr
-    done = run(tmp_path, "-c", TRAIN_AND_EVALUATE)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "both.py").write_text(TRAIN_AND_EVALUATE)
+    command = [tmp_path / "stripes.py", "--config", "tiny.yaml", "data.dataset=stripe"]
+    refused = launcher.start(*command, folder=tmp_path, fresh=True)
+    assert (refused.wait(), refused.output) == (2, "")
+    assert "data.dataset: unknown dataset 'stripe'; nearest: stripes" in refused.errors
+    done = launcher.start(tmp_path / "both.py", folder=tmp_path, fresh=True)
+    assert done.wait() == 0, done.errors
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "train"] == [1, 2, 3, 4, 5]
     [logged] = [row for row in rows if row["event"] == "eval"]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.output.splitlines()[-1])
     assert (result["top1"], result["loss"], result["count"]) == (logged["top1"], logged["loss"], 80)
 
 

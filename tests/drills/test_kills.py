@@ -14,7 +14,7 @@ PROMISE = "Resumed with --resume auto, the run ends bit-identical to one that wa
 EVERYTHING = [
     "precision.amp=bf16", "optimizer.accumulate=2", "ema.decay=0.9", "ema.warmup=true", "augment.mixup=0.4",
     "augment.auto_augment=rand-m5-n1", "model.kwargs.drop_path_rate=0.3", "run.checkpoint_every=2", "run.keep=1",
-    "schedule.steps=12", "data.train_split=train",
+    "schedule.steps=8", "data.train_split=train",
 ]  # fmt: skip
 
 

@@ -117,28 +117,53 @@ def test_updates_that_are_not_finite_are_skipped_on_all_ranks_alike(tmp_path: Pa
     assert evaluation["loss"] < 100, "batch norm's statistics were spoilt"
 
 
+@pytest.mark.parametrize(
+    ("launch", "status"),
+    [
+        pytest.param(LAUNCH, 75, id="acmix.launch"),
+        pytest.param(TORCHRUN, 1, id="torchrun", marks=pytest.mark.drill),
+    ],
+)
 def test_killed_worker_restarts_by_itself_and_ends_bit_identical(
-    tmp_path: Path, start_launcher: Training, run_training: Training, assert_same_run: Compare, report: Report
-) -> None:
-    common = ["schedule.steps=8", "run.checkpoint_every=3"]
-    run_training(tmp_path / "whole", *SMALL, *common, ranks=2)
+    launch: Path, status: int, tmp_path: Path, start_launcher: Training, run_training: Training,
+    assert_same_run: Compare, report: Report,
+) -> None:  # fmt: skip
+    """Ends by SIGTERM to the launcher; compared with a run that was stopped at that step and never killed."""
+    common = ["schedule.epochs=99", "run.checkpoint_every=3"]
     faults = plant("SIGKILL", 5, rank=1, once=tmp_path / "killed")
-    program = start_launcher(tmp_path / "restarted", *common, *faults, options=("--max-restarts", 2))
-    assert program.wait(120) == 0, program.errors
+    folder = tmp_path / "restarted"
+    program = start_launcher(folder, *common, *faults, options=("--max-restarts", 2), program=launch)
+    assert program.wait_for(lambda: max(logged_steps(folder), default=0) > 5, 120), program.errors
     assert (tmp_path / "killed").exists()
-    assert_same_run(tmp_path / "whole", tmp_path / "restarted")
+    stopped_at = stop_the_launcher(program, signal.SIGTERM, folder, status)
+    run_training(tmp_path / "whole", *SMALL, *common, *plant("SIGTERM", stopped_at), ranks=2, status=75)
+    assert_same_run(tmp_path / "whole", folder)
     report("A worker killed under torchrun --max-restarts", "Restarts, resumes by itself, ends bit-identical", 1, 1)
 
 
+def stop_the_launcher(program: Any, number: signal.Signals, folder: Path, status: int) -> int:
+    """Send the signal to a launcher, which must end well and leave nobody; returns the step saved."""
+    sent = time.time()
+    os.kill(program.pid, number)
+    assert program.wait(30) == status, program.errors
+    assert_nobody_is_left(folder)
+    assert time.time() - sent < 10
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "requeue"
+    assert (folder / "checkpoints" / f"step_{summary['step']:08d}").is_dir()
+    return int(summary["step"])
+
+
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("name", "launch", "status"),
     [
         pytest.param("SIGTERM", LAUNCH, 75, id="SIGTERM to acmix.launch"),
-        pytest.param("SIGUSR1", LAUNCH, 75, id="SIGUSR1 to acmix.launch", marks=pytest.mark.drill),
-        pytest.param("SIGHUP", LAUNCH, 75, id="SIGHUP to acmix.launch", marks=pytest.mark.drill),
-        pytest.param("SIGTERM", TORCHRUN, 1, id="SIGTERM to torchrun", marks=pytest.mark.drill),
-        pytest.param("SIGUSR1", TORCHRUN, -signal.SIGUSR1, id="SIGUSR1 to torchrun", marks=pytest.mark.drill),
-        pytest.param("SIGKILL", TORCHRUN, -signal.SIGKILL, id="SIGKILL to torchrun", marks=pytest.mark.drill),
+        pytest.param("SIGUSR1", LAUNCH, 75, id="SIGUSR1 to acmix.launch"),
+        pytest.param("SIGHUP", LAUNCH, 75, id="SIGHUP to acmix.launch"),
+        pytest.param("SIGTERM", TORCHRUN, 1, id="SIGTERM to torchrun"),
+        pytest.param("SIGUSR1", TORCHRUN, -signal.SIGUSR1, id="SIGUSR1 to torchrun"),
+        pytest.param("SIGKILL", TORCHRUN, -signal.SIGKILL, id="SIGKILL to torchrun"),
     ],
 )
 def test_signal_to_the_launcher_stops_and_saves(
@@ -147,14 +172,7 @@ def test_signal_to_the_launcher_stops_and_saves(
     folder = tmp_path / "run"
     program = start_launcher(folder, "schedule.epochs=99", options=("--max-restarts", 1), program=launch)
     assert program.wait_for(lambda: len(logged_steps(folder)) > 1), program.errors
-    sent = time.time()
-    os.kill(program.pid, getattr(signal, name))
-    assert program.wait(30) == status, program.errors
-    assert_nobody_is_left(folder)
-    assert time.time() - sent < 10
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["status"] == "requeue"
-    assert (folder / "checkpoints" / f"step_{summary['step']:08d}").is_dir()
+    stop_the_launcher(program, getattr(signal, name), folder, status)
     report(f"{name} to the launcher", "All ranks stop within 10 s after one checkpoint; nobody is left", 1, 1)
 
 

@@ -103,6 +103,7 @@ def test_what_is_saved_is_what_is_loaded_again_and_again(
 
 
 def test_a_program_that_ends_finishes_the_save_it_began(tmp_path: Path) -> None:
+    """By an interpreter that ends as it does for everybody, not as the launcher's programs end."""
     options = ["--steps", "1", "--size", "500000", "--background", "--leave"]
     assert subprocess.run([sys.executable, SAVE_LOOP, tmp_path, *options], check=False).returncode == 0
     assert assert_all_sound(tmp_path, at_least=1) == 1
@@ -163,7 +164,7 @@ def can_mount() -> bool:
     return subprocess.run(attempt, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("on_error", ["stop", "continue"])
+@pytest.mark.parametrize("on_error", [pytest.param("stop", marks=pytest.mark.drill), "continue"])
 def test_a_full_disk_leaves_the_last_checkpoint_intact(on_error: str, tmp_path: Path) -> None:
     if not can_mount():
         pytest.skip("needs unshare with a mount namespace, to make a small disk")

@@ -1,11 +1,8 @@
 """Evaluation counts every image once, whatever the number of processes, images and batches."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,20 +35,11 @@ def expected(count: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_image_counts_once_over_any_number_of_processes(world_size: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = str(Path(__file__).with_name("evaluate_parts.py"))
-    program = [sys.executable, script, json.dumps(COUNTS), json.dumps(BATCH_SIZES)]
-    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    members = []
-    for rank in range(world_size):
-        member = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        members.append(subprocess.Popen(program, env=member, stdout=subprocess.PIPE, text=True))
-    outputs = [member.communicate(timeout=240)[0] for member in members]
-    assert [member.returncode for member in members] == [0] * world_size
-    lines = [json.loads(line) for line in outputs[0].splitlines() if line.startswith("{")]
+def test_every_image_counts_once_over_any_number_of_processes(world_size: int, launcher: Any) -> None:
+    script = Path(__file__).with_name("evaluate_parts.py")
+    members = launcher.start_ranks(world_size, script, json.dumps(COUNTS), json.dumps(BATCH_SIZES))
+    assert [member.wait() for member in members] == [0] * world_size
+    lines = [json.loads(line) for line in members[0].output.splitlines() if line.startswith("{")]
     assert lines.pop() == {"stopped": True}, "a stop asked for on the last rank ends the evaluation on all"
     assert len(lines) == len(COUNTS) * len(BATCH_SIZES)
     for line in lines:

@@ -1,11 +1,9 @@
 """The forward pass before a run: what it refuses, and that it changes nothing."""
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,15 +128,11 @@ def test_lack_of_memory_names_the_batch_size(error: Exception) -> None:
         raise RuntimeError("another")
 
 
-def test_ranks_refuse_together_with_one_message(tmp_path: Path) -> None:
-    config = ROOT / "configs" / "quickstart.yaml"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py")]
+def test_ranks_refuse_together_with_one_message(tmp_path: Path, launcher: Any) -> None:
     options = ["model.kwargs.stem=imagenet", "run.device=cpu", "run.threads=1", f"run.dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--config", str(config), *options], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("error: data.image_size: acmix_resnet26 cannot take images of 32 × 32") == 1
-    assert "acmix/ops" not in done.stderr
+    command = [ROOT / "train.py", "--config", ROOT / "configs" / "quickstart.yaml", *options]
+    ranks = launcher.start_ranks(2, *command)
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    [line] = [line for rank in ranks for line in rank.errors.splitlines()]
+    assert line.startswith("error: data.image_size: acmix_resnet26 cannot take images of 32 × 32")
     assert not (tmp_path / "run").exists()

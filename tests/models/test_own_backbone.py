@@ -1,14 +1,11 @@
 """A backbone that a user registers in a file of their own trains through train.py like ours."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 BACKBONE = '''
 """A backbone of my own: python my_backbone.py --config my.yaml"""
 
@@ -62,22 +59,25 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "my_backbone.py", "--config", "my.yaml", *overrides]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACMIX_COMPILE": "never"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+def start(launcher: Any, folder: Path, *overrides: str) -> Any:
+    program = launcher.start(
+        folder / "my_backbone.py", "--config", "my.yaml", *overrides,
+        env={"ACMIX_COMPILE": "never"}, folder=folder, fresh=True,
+    )  # fmt: skip
+    program.wait()
+    return program
 
 
-def test_it_trains_by_its_name_in_a_config_and_its_paths_are_logged(folder):
-    done = start(folder)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_it_trains_by_its_name_in_a_config_and_its_paths_are_logged(folder: Path, launcher: Any) -> None:
+    done = start(launcher, folder)
+    assert (done.status, done.errors) == (0, "")
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "train"] == [1, 2]
     assert [row["layers"][0]["layer"] for row in rows if row["event"] == "paths"][-1] == "acmix"
 
 
-def test_its_arguments_are_checked_like_ours(folder):
-    refused = start(folder, "model.kwargs.width=8.5")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: model.kwargs.width: 8.5 does not fit acmix_of_mine: ")
+def test_its_arguments_are_checked_like_ours(folder: Path, launcher: Any) -> None:
+    refused = start(launcher, folder, "model.kwargs.width=8.5")
+    assert refused.status == 2
+    assert refused.errors.startswith("error: model.kwargs.width: 8.5 does not fit acmix_of_mine: ")
     assert not (folder / "run").exists()

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,8 @@ def test_the_authors_code_comes_from_a_clone(tmp_path: Path) -> None:
         (["authors:resnet26"], "needs --authors PATH"),
         (["authors:resnet26", "--authors", "/nowhere"], "no ResNet/test_bottleneck.py there"),
         (["authors:nosuch", "--authors", "/nowhere"], "choose one of"),
-        (["--suite", "--out", "/proc/nowhere/deep"], "No such file"),
-        (["block:16x8", "--json", "/proc/nowhere/x.json"], "cannot write"),
+        (["--suite", "--out", "/proc/nowhere/deep"], "--out /proc/nowhere/deep: cannot write there: No such file"),
+        (["block:16x8", "--json", "/proc/nowhere/x.json"], "--json /proc/nowhere/x.json: cannot write there"),
     ],
 )
 def test_bad_usage_is_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +103,8 @@ def test_bad_usage_is_one_message(arguments: list[str], message: str, capsys: py
     assert len(error.splitlines()) == 1
 
 
-def test_the_command_runs_and_is_quiet_on_stderr() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "shift_conv:16x8", *FAST], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert "shift_conv:16x8" in done.stdout
+def test_the_command_runs_and_is_quiet_on_stderr(launcher: Any) -> None:
+    done = launcher.start(SCRIPT, "shift_conv:16x8", *FAST, fresh=True)
+    assert done.wait() == 0
+    assert done.errors == ""
+    assert "shift_conv:16x8" in done.output

@@ -2,8 +2,6 @@
 
 import importlib.util
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -78,7 +76,7 @@ def test_the_result_loads_with_plain_timm_and_is_not_overwritten_unasked(script,
         ("out.safetensors", "acmix_resnet27", "did you mean acmix_resnet26"),
         ("out.safetensors", "resnet26", "not ResNet"),
         ("out.pth", "acmix_resnet26", "must end in .safetensors"),
-        ("/proc/missing/out.safetensors", "acmix_resnet26", "cannot write"),
+        ("/proc/out.safetensors", "acmix_resnet26", "OUT /proc/out.safetensors: cannot write there"),
     ],
 )
 def test_what_cannot_be_converted_is_one_error_and_leaves_nothing(
@@ -91,21 +89,13 @@ def test_what_cannot_be_converted_is_one_error_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path):
+def test_a_hostile_pickle_is_refused_and_not_executed(script, tmp_path, capsys):
     hostile, witness = tmp_path / "hostile.pth", tmp_path / "executed"
     hostile.write_bytes(pickle.dumps(_Touch(witness)))
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        str(hostile),
-        str(tmp_path / "out.safetensors"),
-        "--model",
-        "acmix_resnet26",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {hostile}")
-    assert "Traceback" not in done.stderr
+    assert script.main([str(hostile), str(tmp_path / "out.safetensors"), "--model", "acmix_resnet26"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {hostile}")
+    assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == [hostile]
 
 

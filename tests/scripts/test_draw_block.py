@@ -20,7 +20,8 @@ def test_the_drawing_in_docs_is_what_the_script_draws(tmp_path):
     assert ElementTree.parse(out).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
-def test_a_place_that_cannot_be_written_is_refused():
-    done = draw("/proc/missing/block.svg")
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    done = draw(str(tmp_path / "file" / "block.svg"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

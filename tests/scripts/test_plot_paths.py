@@ -141,7 +141,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(
         ([plain, "--probe", "rms", "--out", out], "probes it holds: none"),
         ([moved, "--probe", "weights", "--out", out], "step 10 are not those of step 0"),
         ([run, "--out", tmp_path / "paths.gif"], ".png, .svg or .pdf"),
-        ([run, "--out", "/proc/missing/paths.png"], "cannot write"),
+        ([run, "--out", run / "metrics.jsonl" / "paths.png"], "cannot write there: Not a directory"),
     ]
     for arguments, message in cases:
         assert plot_paths.main([str(argument) for argument in arguments]) == 2

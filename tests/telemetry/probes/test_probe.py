@@ -1,10 +1,7 @@
 """The seam of probes: a measure of one's own, registered, reaches the record, TensorBoard, plots and a resumed run."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,15 +67,14 @@ def curves_of(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(point.step, point.value) for point in board.Scalars(tag)] for tag in tags}
 
 
-def test_a_probe_of_ones_own_is_logged_shown_drawn_and_resumed(tmp_path: Path) -> None:
+def test_a_probe_of_ones_own_is_logged_shown_drawn_and_resumed(tmp_path: Path, launcher: Any) -> None:
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     (tmp_path / "my_train.py").write_text(OWN_TRAIN)
-    command = [sys.executable, "my_train.py", "--config", "tiny.yaml", "run.checkpoint_every=6"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [tmp_path / "my_train.py", "--config", "tiny.yaml", "run.checkpoint_every=6"]
 
     def train(*arguments: str) -> None:
-        ended = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr
+        ended = launcher.start(*command, *arguments, folder=tmp_path, fresh=True)
+        assert ended.wait() == 0, ended.errors
 
     run = tmp_path / "run"
     train("run.dir=run", "run.probes=[paths, weights]")
