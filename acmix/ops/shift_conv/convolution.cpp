@@ -70,9 +70,11 @@ struct Ahead {
 
 // The rows that a row of results is summed over. Tap t of each is at offset[t]; its weights are in the order of the taps.
 struct Taps {
-    std::vector<const T *> rows, weights;
+    std::vector<const T *> rows;
+    std::vector<int64_t> first;  // weight of each row, of one output
     const int64_t *offset;
     int64_t count;
+    const T *weights;
     Ahead *ahead;
 };
 
@@ -81,7 +83,7 @@ template <int OUTS, int STEPS>
 __attribute__((noinline)) void convolve(const Taps &taps, int64_t x, T *out, int64_t out_pitch, int64_t pitch) {
     Vec sum[OUTS][STEPS] = {};
     for (size_t row = 0; row < taps.rows.size(); row++) {
-        const T *from = taps.rows[row] + x, *weights = taps.weights[row];
+        const T *from = taps.rows[row] + x, *weights = taps.weights + taps.first[row] * OUTS * LANES;
         taps.ahead->fetch();
         for (int64_t tap = 0; tap < taps.count; tap++, weights += OUTS * LANES) {
             const T *values = from + taps.offset[tap];
@@ -156,16 +158,33 @@ struct Tiles {
 };
 const Tiles tiles;
 
-// work(start, size) for a cut of `count` into as few and as equal pieces of at most `most` as can be.
-template <class Work>
-inline void cut(int64_t count, int64_t most, Work work) {
-    int64_t pieces = (count + most - 1) / most;
-    for (int64_t i = 0, start = 0; i < pieces; i++) {
-        int64_t size = (count - start) / (pieces - i);
-        work(start, size);
-        start += size;
+struct Piece {
+    int64_t start, size;
+};
+
+int64_t piece_count(int64_t count, int64_t most) { return (count + most - 1) / most; }
+
+// As few and as equal pieces of at most `most` as can be.
+std::vector<Piece> cut(int64_t count, int64_t most) {
+    std::vector<Piece> pieces;
+    for (int64_t start = 0, rest = piece_count(count, most); rest; rest--) {
+        pieces.push_back({start, (count - start) / rest});
+        start += pieces.back().size;
     }
+    return pieces;
 }
+
+// How N heads and a row of vectors are cut into tiles: fewer outputs of more vectors where that row is short, since the
+// weights, which come from far, then serve more products.
+struct Tiling {
+    std::vector<Piece> heads, vectors[MOST_OUTS + 1];
+    Tiling() = default;
+    Tiling(int64_t count, int64_t length) {
+        bool wide = length >= (steps_of(MOST_OUTS) - 1) * piece_count(length, steps_of(MOST_OUTS));
+        heads = cut(count, wide ? MOST_OUTS : MOST_OUTS - 1);
+        for (int outs = 1; outs <= MOST_OUTS; outs++) vectors[outs] = cut(length, steps_of(outs));
+    }
+};
 
 struct Layout {  // of one block of channels, and of the rows of maps packed for it
     int64_t heads, inputs, dim, height, width, kernel, stride, dilation, pad, out_height, out_width;
@@ -177,9 +196,13 @@ struct Layout {  // of one block of channels, and of the rows of maps packed for
     int64_t margin, grad_map, grad_row, grad_slots;
     int64_t chunk;            // rows of results that are computed together
     std::vector<int64_t> place;          // of a column in a packed row of an input
+    std::vector<int64_t> result_place;   // of a column in a row of the gradient of an input
     std::vector<int64_t> input_offset;   // of the taps (input, kx) in a packed row of inputs
     std::vector<int64_t> grad_offset;    // of the taps (head, kx) in a packed row of gradients, phase by phase
     std::vector<int64_t> grad_taps;      // where the taps of each phase begin
+    Tiling results;                      // of a row
+    std::vector<Tiling> input_grads;     // of each phase of a row of the gradient of an input
+    std::vector<Piece> correlated;       // heads, as they are correlated together
 
     Layout(const Problem &p, int64_t block)
         : heads(p.heads), inputs(3 * p.heads), dim(p.dim), height(p.height), width(p.width), kernel(p.kernel),
@@ -193,13 +216,17 @@ struct Layout {  // of one block of channels, and of the rows of maps packed for
         phase = whole(std::max(vectors * pixels + shift, (width + 2 * pad + stride - 1) / stride) + pixels);
         input_map = stride * phase;
         input_row = inputs * input_map;
-        margin = shift * padded;
-        grad_map = whole(shift + std::max(vectors * pixels, (width - 1 + pad) / stride + 1 + pixels));
+        margin = pad / stride;
+        grad_map = whole(margin + std::max(vectors * pixels, (width - 1 + pad) / stride + 1) + pixels);
         grad_row = heads * grad_map;
         chunk = std::min(out_height, (48 + vectors - 1) / vectors);
         input_slots = (chunk - 1) * stride + 2 * pad + 1;
         grad_slots = chunk + (2 * pad + stride - 1) / stride + 1;
-        for (int64_t x = 0; x < width; x++) place.push_back((x + pad) % stride * phase + (x + pad) / stride * padded);
+        for (int64_t x = 0; x < width; x++) {
+            int64_t f = (x + pad) % stride;
+            place.push_back(f * phase + (x + pad) / stride * padded);
+            result_place.push_back(f * phase + (x - column(f)) / stride * padded);
+        }
         for (int64_t m = 0; m < inputs; m++)
             for (int64_t kx = 0; kx < kernel; kx++)
                 input_offset.push_back(m * input_map + kx * dilation % stride * phase + kx * dilation / stride * padded);
@@ -208,9 +235,13 @@ struct Layout {  // of one block of channels, and of the rows of maps packed for
             for (int64_t n = 0; n < heads; n++)
                 for (int64_t kx = 0; kx < kernel; kx++)
                     if (kx * dilation % stride == f)
-                        grad_offset.push_back(n * grad_map + margin + (column(f) + pad - kx * dilation) / stride * padded);
+                        grad_offset.push_back(n * grad_map + (margin + (column(f) + pad - kx * dilation) / stride) * padded);
         }
         grad_taps.push_back(grad_offset.size());
+        results = Tiling(heads, vectors);
+        for (int64_t f = 0; f < stride; f++)
+            input_grads.push_back(Tiling(heads, (std::max<int64_t>(0, width - column(f) + stride - 1) / stride + pixels - 1) / pixels));
+        correlated = cut(heads, MOST_OUTS);
     }
 
     int64_t whole(int64_t count) const { return (count + pixels - 1) / pixels * LANES; }  // numbers in whole vectors
@@ -227,44 +258,45 @@ inline int64_t weight_place(const Layout &l, int64_t n, int64_t m, int64_t ky, i
 inline Vec spread(const Layout &l, const T *weights) {
     if (l.valid == LANES) return load(weights);
     T values[LANES] = {};
-    for (int64_t i = 0; i < LANES; i += l.padded) std::copy_n(weights, l.valid, values + i);
+    bool done = l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [&](auto padded) {
+        for (int i = 0; i < LANES; i += padded) copy_pixel<padded>(weights, values + i);
+    });
+    for (int64_t i = 0; !done && i < LANES; i += l.padded) std::copy_n(weights, l.valid, values + i);
     return load(values);
 }
 
-// work(n, m, ky, kx, place) for the weights in the order in which convolve takes them for outputs, correlate gives them.
+// work(n, m, ky, kx, place) for the weights, place by place, where the outputs are taken in these pieces.
 template <class Work>
-void each_weight(const Layout &l, Work work) {
+void each_weight(const Layout &l, const std::vector<Piece> &heads, Work work) {
     int64_t place = 0;
-    cut(l.heads, MOST_OUTS, [&](int64_t start, int64_t outs) {
+    for (auto [start, outs] : heads)
         for (int64_t ky = 0; ky < l.kernel; ky++)
             for (int64_t m = 0; m < l.inputs; m++)
                 for (int64_t kx = 0; kx < l.kernel; kx++)
                     for (int64_t n = start; n < start + outs; n++, place += LANES) work(n, m, ky, kx, place);
-    });
 }
 
 void pack_weights(const Layout &l, const T *weight, T *packed) {
-    each_weight(l, [&](int64_t n, int64_t m, int64_t ky, int64_t kx, int64_t place) {
+    each_weight(l, l.results.heads, [&](int64_t n, int64_t m, int64_t ky, int64_t kx, int64_t place) {
         store(packed + place, spread(l, weight + weight_place(l, n, m, ky, kx)));
     });
 }
 
 // In the order in which convolve takes them for the gradients of the inputs.
 void pack_weights_for_inputs(const Layout &l, const T *weight, T *packed) {
-    for (int64_t map = 0; map < 3; map++)
-        cut(l.heads, MOST_OUTS, [&](int64_t start, int64_t outs) {
-            for (int64_t ky = 0; ky < l.kernel; ky++)
-                for (int64_t f = 0; f < l.stride; f++)
+    for (int64_t f = 0; f < l.stride; f++)
+        for (int64_t map = 0; map < 3; map++)
+            for (auto [start, outs] : l.input_grads[f].heads)
+                for (int64_t ky = 0; ky < l.kernel; ky++)
                     for (int64_t n = 0; n < l.heads; n++)
                         for (int64_t kx = 0; kx < l.kernel; kx++)
                             if (kx * l.dilation % l.stride == f)
                                 for (int64_t m = start; m < start + outs; m++, packed += LANES)
                                     store(packed, spread(l, weight + weight_place(l, n, map * l.heads + m, ky, kx)));
-        });
 }
 
 void unpack_weight_grad(const Layout &l, const T *packed, T *dweight) {
-    each_weight(l, [&](int64_t n, int64_t m, int64_t ky, int64_t kx, int64_t place) {
+    each_weight(l, l.correlated, [&](int64_t n, int64_t m, int64_t ky, int64_t kx, int64_t place) {
         T *to = dweight + weight_place(l, n, m, ky, kx);
         for (int64_t c = 0; c < l.valid; c++) {
             T sum = 0;
@@ -302,8 +334,7 @@ void pack_input(const Layout &l, const Map &map, const S *row, T *packed, T *lin
     done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [&](auto padded) {
         for (int64_t x = 0; x < l.width; x++)
             for (int64_t m = 0; m < l.heads; m++)
-                for (int c = 0; c < padded; c++)
-                    packed[m * l.input_map + l.place[x] + c] = T(row[x * map.column + m * step + c]);
+                copy_pixel<padded>(row + x * map.column + m * step, packed + m * l.input_map + l.place[x]);
     }));
     if (done) return;
     for (int64_t m = 0; m < l.heads; m++)
@@ -319,28 +350,27 @@ void unpack_input_grad(const Layout &l, const Map &map, const T *packed, S *row,
     if (map.channel == 1 && l.valid == LANES) {
         for (int64_t x = 0; x < l.width; x++)
             for (int64_t m = 0; m < l.heads; m++)
-                write(row + x * map.column + m * step, load(packed + m * l.input_map + l.place[x]));
+                write(row + x * map.column + m * step, load(packed + m * l.input_map + l.result_place[x]));
         return;
     }
     bool done = map.column == 1 && choose<1, 2, 4, 8, 16>(l.padded, [&](auto padded) {
         for (int64_t m = 0; m < l.heads; m++) {
             const T *from = packed + m * l.input_map;
-            for (int64_t x = 0; l.stride > 1 && x < l.width; x++) std::copy_n(from + l.place[x], padded, line + x * padded);
-            const T *pixels = l.stride == 1 ? from + l.place[0] : line;
+            for (int64_t x = 0; l.stride > 1 && x < l.width; x++) std::copy_n(from + l.result_place[x], padded, line + x * padded);
+            const T *pixels = l.stride == 1 ? from + l.result_place[0] : line;
             planes_from_pixels<padded>(pixels, map.channel, l.valid, l.width, row + m * step);
         }
     });
     done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [&](auto padded) {
         for (int64_t x = 0; x < l.width; x++)
             for (int64_t m = 0; m < l.heads; m++)
-                for (int c = 0; c < padded; c++)
-                    row[x * map.column + m * step + c] = S(packed[m * l.input_map + l.place[x] + c]);
+                copy_pixel<padded>(packed + m * l.input_map + l.result_place[x], row + x * map.column + m * step);
     }));
     if (done) return;
     for (int64_t m = 0; m < l.heads; m++)
         for (int64_t x = 0; x < l.width; x++)
             for (int64_t c = 0; c < l.valid; c++)
-                row[m * step + c * map.channel + x * map.column] = S(packed[m * l.input_map + l.place[x] + c]);
+                row[m * step + c * map.channel + x * map.column] = S(packed[m * l.input_map + l.result_place[x] + c]);
 }
 
 // Vectors of a row of outputs whose numbers lie in memory as those of all heads in turn do, none left out; `pitch` from
@@ -355,24 +385,24 @@ int64_t mixed_vectors(const Layout &l, const Map &map, int64_t *pitch) {
 void pack_grad(const Layout &l, const Map &map, const S *row, T *packed) {
     const int64_t step = l.heads * map.channel;
     for (int64_t n = 0; n < l.heads; n++) {
-        T *begin = packed + n * l.grad_map, *inside = begin + l.margin;
+        T *begin = packed + n * l.grad_map, *inside = begin + l.margin * l.padded;
         std::fill(begin, inside, T(0));
         std::fill(inside + l.out_width * l.padded, begin + l.grad_map, T(0));
     }
     bool done = map.column == 1 && choose<1, 2, 4, 8, 16>(l.padded, [&](auto padded) {
         for (int64_t n = 0; n < l.heads; n++)
             pixels_from_planes<padded>(row + n * map.channel, step, l.valid, l.out_width,
-                                       packed + n * l.grad_map + l.margin);
+                                       packed + n * l.grad_map + l.margin * l.padded);
     });
     if (done) return;
     int64_t pitch, whole = mixed_vectors(l, map, &pitch);
     done = whole && choose<1, 2, 3, 4, 6, 8, 12, 16, 24>(l.heads, [&](auto heads) {
-        rows_from_heads<heads>(row, pitch, whole, l.grad_map, packed + l.margin);
+        rows_from_heads<heads>(row, pitch, whole, l.grad_map, packed + l.margin * l.padded);
     });
     for (int64_t n = 0; n < l.heads; n++)
         for (int64_t x = done ? whole * l.pixels : 0; x < l.out_width; x++)
             for (int64_t c = 0; c < l.padded; c++)
-                packed[n * l.grad_map + l.margin + x * l.padded + c] =
+                packed[n * l.grad_map + (l.margin + x) * l.padded + c] =
                     c < l.valid ? T(row[c * step + n * map.channel + x * map.column]) : T(0);
 }
 
@@ -454,74 +484,71 @@ struct Inputs {
     }
 };
 
-int64_t pieces(int64_t count, int64_t most) { return (count + most - 1) / most; }
-
 void output_row(const Layout &l, const Ring &inputs, const T *weights, int64_t y, T *rows, Ahead ahead) {
-    Taps taps{{}, {}, l.input_offset.data(), l.inputs * l.kernel, &ahead};
-    ahead.begin(pieces(l.heads, MOST_OUTS) * l.kernel * pieces(l.vectors, MOST_STEPS));
-    cut(l.heads, MOST_OUTS, [&](int64_t start, int64_t outs) {
-        taps.rows.clear(), taps.weights.clear();
-        const T *from = weights + start * l.inputs * l.taps() * LANES;
-        for (int64_t ky = 0; ky < l.kernel; ky++) {
-            int64_t row = y * l.stride + ky * l.dilation - l.pad;
-            if (row < 0 || row >= l.height) continue;
-            taps.rows.push_back(inputs.at(row));
-            taps.weights.push_back(from + ky * taps.count * outs * LANES);
-        }
-        cut(l.vectors, steps_of(outs), [&](int64_t x, int64_t steps) {
-            T *to = rows + (start * l.vectors + x) * LANES;
-            tiles.convolve[outs][steps](taps, x * LANES, to, l.vectors * LANES, LANES);
-        });
-    });
+    Taps taps{{}, {}, l.input_offset.data(), l.inputs * l.kernel, weights, &ahead};
+    for (int64_t ky = 0; ky < l.kernel; ky++) {
+        int64_t row = y * l.stride + ky * l.dilation - l.pad;
+        if (row < 0 || row >= l.height) continue;
+        taps.rows.push_back(inputs.at(row));
+        taps.first.push_back(ky * taps.count);
+    }
+    ahead.begin(l.results.heads.size() * l.results.vectors[l.results.heads[0].size].size() * taps.rows.size());
+    for (auto [start, outs] : l.results.heads) {
+        for (auto [x, steps] : l.results.vectors[outs])
+            tiles.convolve[outs][steps](taps, x * LANES, rows + (start * l.vectors + x) * LANES, l.vectors * LANES, LANES);
+        taps.weights += l.inputs * l.taps() * outs * LANES;
+    }
 }
 
-// A row of the gradient of one of q, k and v: to packed rows, or straight to memory where `row` is not null.
-void input_grad_row(const Layout &l, const Ring &grads, const T *weights, int64_t y, T *rows, T *row, int64_t column,
-                    Ahead &ahead) {
-    Taps taps;
-    taps.ahead = &ahead;
-    cut(l.heads, MOST_OUTS, [&](int64_t start, int64_t outs) {
-        for (int64_t f = 0; f < l.stride; f++) {
-            int64_t x = l.column(f);
-            if (x >= l.width) continue;
-            taps.rows.clear(), taps.weights.clear();
-            taps.offset = l.grad_offset.data() + l.grad_taps[f], taps.count = l.grad_taps[f + 1] - l.grad_taps[f];
-            for (int64_t ky = 0; ky < l.kernel; ky++) {
-                int64_t from = y + l.pad - ky * l.dilation;
-                if (from < 0 || from % l.stride || from / l.stride >= l.out_height) continue;
-                taps.rows.push_back(grads.at(from / l.stride));
-                int64_t place = start * l.taps() * l.heads + (ky * l.kernel * l.heads + l.grad_taps[f]) * outs;
-                taps.weights.push_back(weights + place * LANES);
-            }
-            T *to = row ? row + start * l.dim + x * column : rows + start * l.input_map + l.place[x];
-            int64_t out_pitch = row ? l.dim : l.input_map, pitch = row ? l.stride * column : LANES;
-            int64_t count = ((l.width - x + l.stride - 1) / l.stride + l.pixels - 1) / l.pixels;
-            cut(count, steps_of(outs), [&](int64_t i, int64_t steps) {
-                tiles.convolve[outs][steps](taps, i * LANES, to + i * pitch, out_pitch, pitch);
-            });
+// Where a row of the gradients of q, k and v goes: to packed rows, or straight to memory where the layout allows it.
+struct Target {
+    T *row[3];
+    int64_t head, column;  // steps in memory
+    bool direct;
+};
+
+void input_grad_row(const Layout &l, const Ring &grads, const T *weights, int64_t y, const Target &target, Ahead &ahead) {
+    Taps taps{{}, {}, nullptr, 0, weights, &ahead};
+    for (int64_t f = 0; f < l.stride; f++) {
+        const Tiling &tiling = l.input_grads[f];
+        taps.rows.clear(), taps.first.clear();
+        taps.offset = l.grad_offset.data() + l.grad_taps[f], taps.count = l.grad_taps[f + 1] - l.grad_taps[f];
+        for (int64_t ky = 0; ky < l.kernel; ky++) {
+            int64_t from = y + l.pad - ky * l.dilation;
+            if (from < 0 || from % l.stride || from / l.stride >= l.out_height) continue;
+            taps.rows.push_back(grads.at(from / l.stride));
+            taps.first.push_back(ky * taps.count);
         }
-    });
+        int64_t begin = target.direct ? l.column(f) * target.column : f * l.phase;
+        int64_t pitch = target.direct ? l.stride * target.column : LANES;
+        for (T *row : target.row)
+            for (auto [start, outs] : tiling.heads) {
+                T *to = row + start * target.head + begin;
+                for (auto [i, steps] : tiling.vectors[outs])
+                    tiles.convolve[outs][steps](taps, i * LANES, to + i * pitch, target.head, pitch);
+                taps.weights += taps.count * l.kernel * outs * LANES;
+            }
+    }
 }
 
 // The share of the rows from y to end - 1 in the gradient of the weight.
 void weight_grad(const Layout &l, const Ring &inputs, const Ring &grads, int64_t y, int64_t end, T *sums, Ahead ahead) {
     const int64_t taps = l.inputs * l.kernel;
     Pairs pairs{{}, {}, l.grad_map, l.vectors, &ahead};
-    ahead.begin(pieces(l.heads, MOST_OUTS) * l.kernel * pieces(taps, MOST_STEPS) * (end - y));
+    ahead.begin(l.correlated.size() * l.kernel * piece_count(taps, steps_of(l.correlated[0].size)) * (end - y));
     for (int64_t ky = 0; ky < l.kernel; ky++) {
         pairs.grads.clear(), pairs.inputs.clear();
         for (int64_t i = y; i < end; i++) {
             int64_t row = i * l.stride + ky * l.dilation - l.pad;
             if (row < 0 || row >= l.height) continue;
-            pairs.grads.push_back(grads.at(i) + l.margin);
+            pairs.grads.push_back(grads.at(i) + l.margin * l.padded);
             pairs.inputs.push_back(inputs.at(row));
         }
-        cut(l.heads, MOST_OUTS, [&](int64_t start, int64_t outs) {
+        for (auto [start, outs] : l.correlated) {
             T *to = sums + (start * l.kernel + ky * outs) * taps * LANES;
-            cut(taps, steps_of(outs), [&](int64_t tap, int64_t steps) {
+            for (auto [tap, steps] : cut(taps, steps_of(outs)))
                 tiles.correlate[outs][steps](pairs, start, l.input_offset.data() + tap, to + tap * outs * LANES);
-            });
-        });
+        }
     }
 }
 
@@ -579,7 +606,7 @@ void backward(const Problem *problem, const Map *grad, const Map *maps, const T 
               int64_t begin, int64_t end, int64_t threads) {
     parallel(begin, end, threads, [&](int64_t task) {
         const Layout l(*problem, task % blocks(*problem));
-        const int64_t line_size = l.width * LANES + LANES * LANES, rows_size = l.heads * l.input_map + LANES * LANES;
+        const int64_t line_size = l.width * LANES + LANES * LANES, rows_size = l.inputs * l.input_map + LANES * LANES;
         Memory memory(2 * l.weights() + l.input_slots * l.input_row + l.grad_slots * l.grad_row + line_size + rows_size);
         T *weights = memory.take(l.weights()), *sums = memory.take(l.weights());
         Inputs inputs{maps, {memory.take(l.input_slots * l.input_row), l.input_row, l.input_slots}, memory.take(line_size)};
@@ -590,16 +617,16 @@ void backward(const Problem *problem, const Map *grad, const Map *maps, const T 
         const auto in_lines = lines(maps[0], l.heads, l.dim * maps[0].channel, maps[0].channel, l.valid, l.width);
         const auto dmap_lines = lines(dmaps[0], l.heads, l.dim * dmaps[0].channel, dmaps[0].channel, l.valid, l.width);
         const auto grad_lines = lines(*grad, l.pixels == 1 || grad->channel != 1 ? l.heads : 1, grad->channel == 1 ? l.valid : grad->channel, grad->channel == 1 ? 1 : l.heads * grad->channel, grad->channel == 1 && l.pixels > 1 ? l.valid * l.heads : l.valid, l.out_width);
+        const bool direct = std::is_same_v<S, T> && dmaps->channel == 1 && l.valid == LANES;
         auto gradient_rows = [&](int64_t image, int64_t y, Ahead &ahead) {
+            S *to[3];
+            Target target{{}, direct ? l.dim : l.input_map, dmaps->column, direct};
             for (int64_t i = 0; i < 3; i++) {
-                const Map &map = dmaps[i];
-                S *row = map.data + image * map.image + l.first * map.channel + y * map.row;
-                const T *from = weights + i * l.weights() / 3;
-                T *direct = nullptr;
-                if constexpr (std::is_same_v<S, T>) direct = map.channel == 1 && l.valid == LANES ? reinterpret_cast<T *>(row) : nullptr;
-                input_grad_row(l, grads, from, y, rows, direct, map.column, ahead);
-                if (!direct) unpack_input_grad(l, map, rows, row, inputs.line);
+                to[i] = dmaps[i].data + image * dmaps[i].image + l.first * dmaps[i].channel + y * dmaps[i].row;
+                target.row[i] = direct ? reinterpret_cast<T *>(to[i]) : rows + i * l.heads * l.input_map;
             }
+            input_grad_row(l, grads, weights, y, target, ahead);
+            for (int64_t i = 0; i < 3 && !direct; i++) unpack_input_grad(l, dmaps[i], target.row[i], to[i], inputs.line);
         };
         each_band(*problem, task / blocks(*problem), l.out_height, [&](int64_t image, int64_t y, int64_t stop) {
             inputs.ring.next = std::max<int64_t>(0, y * l.stride - l.pad);
@@ -624,7 +651,7 @@ void backward(const Problem *problem, const Map *grad, const Map *maps, const T 
                         for (int64_t j = 0; j < 3 && ahead.count < 8; j++)
                             ahead.add(maps[j].data + image * maps[j].image + l.first * maps[j].channel + i * maps[j].row, in_lines);
                 }
-                ahead.begin((bottom - y * l.stride) * 3 * pieces(l.heads, MOST_OUTS) * l.kernel * pieces(l.width, MOST_STEPS * l.pixels));
+                ahead.begin((bottom - y * l.stride) * 3 * l.kernel * l.input_grads[0].heads.size() * l.input_grads[0].vectors[l.input_grads[0].heads[0].size].size());
                 for (int64_t i = y * l.stride; i < bottom; i++) gradient_rows(image, i, ahead);
             }
         });

@@ -203,6 +203,13 @@ void heads_from_rows(const T *rows, int64_t step, int64_t count, int64_t pitch, 
     }
 }
 
+template <int COUNT, class From, class To>
+inline void copy_pixel(const From *from, To *to) {
+    To values[COUNT];
+    for (int c = 0; c < COUNT; c++) values[c] = To(from[c]);
+    std::memcpy(to, values, sizeof values);
+}
+
 // work(std::integral_constant<int, C>()) for the C of the list that equals `count`; whether there is one.
 template <int... C, class Work>
 bool choose(int64_t count, Work work) {
