@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from acmix.config import Config
 from acmix.data.seeding import seed_generators, stream_seed
 from acmix.engine.forward import Mixing, autocast, network_inputs
+from acmix.engine.on_host import OnHost
 from acmix.engine.optim import build_optimizer, build_scheduler, load_optimizer, parameter_groups
 from acmix.errors import UserError
 from acmix.ops.native import cxx_compiler
@@ -87,9 +88,10 @@ class Learner:
         group = self.optimizer.param_groups[0]
         return float(group["lr"]) / float(group.get("lr_scale", 1.0))
 
-    def gradients(self, batches: Sequence["Batch"], step: int) -> Tensor:
-        """Accumulate the gradients of a step (counted from 1); returns the micro-batches' losses, float64, (M,).
+    def gradients(self, batches: Sequence["Batch"], step: int) -> list[OnHost]:
+        """Accumulate the gradients of a step (counted from 1); returns the loss of each micro-batch, float64.
 
+        On a GPU it returns when the work is queued, and the losses can be read before the last backward pass is done.
         All that is random (mixup, drop path, dropout) is seeded from (seed, step, rank, micro-batch) alone.
         """
         losses = []
@@ -97,10 +99,10 @@ class Learner:
             self.dist.watchdog.tick(step, "forward pass")
             with self._synchronise(micro == len(batches) - 1):
                 loss = self.loss(batch, step, micro)
+                losses.append(OnHost(loss.double()))
                 self.dist.watchdog.tick(step, "backward pass")
                 self.scaler.scale(loss / len(batches)).backward()
-            losses.append(loss.detach().double())
-        return torch.stack(losses)
+        return losses
 
     def loss(self, batch: "Batch", step: int, micro: int = 0) -> Tensor:
         """The loss of one micro-batch of a step, a scalar to differentiate."""

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from acmix.checkpoint.snapshot import Snapshot
@@ -143,7 +144,8 @@ class Trainer:
         step = progress.step + 1
         log_row = step % self.config.run.log_every == 0 or progress.update_in_epoch + 1 == self.steps_per_epoch
         self.guard.keep_buffers()
-        losses = learner.gradients(batches, step)
+        # a GPU is busy with the backward pass while the ranks agree: it never waits for them
+        losses = torch.stack([loss.read() for loss in learner.gradients(batches, step)])
         mean = losses.mean().item()
         unread = [message for batch in batches for message in batch.errors]
         verdict = self._agree(loss=mean, bad=not math.isfinite(mean), unread=len(unread))

@@ -16,7 +16,7 @@ from acmix.layers.fixed_size import with_fixed_size
 from acmix.layers.path import ParityCase, Path, strided_numel
 from acmix.layers.plain import is_plain
 from acmix.ops import local_attention
-from acmix.ops.implementations import transformed
+from acmix.ops.implementations import Window, transformed
 
 
 class AttentionPath(Path):
@@ -93,6 +93,11 @@ class LocalAttention(AttentionPath):
     def reset_parameters(self) -> None:
         """Draw the position weight uniformly, as a 1×1 convolution over the two coordinates would be."""
         nn.init.uniform_(self.position_weight, -1 / math.sqrt(2), 1 / math.sqrt(2))
+
+    @property
+    def window(self) -> Window:
+        """The window of every query."""
+        return Window(self.kernel_size, self.stride, self.dilation)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._attend(q, k, v, self.impl)

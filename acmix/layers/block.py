@@ -11,11 +11,11 @@ from acmix.layers.convolution import ShiftConv
 from acmix.layers.mix import PathMix
 from acmix.layers.path import Path
 from acmix.layers.plain import is_observed, is_plain
-from acmix.ops.implementations import transformed
+from acmix.ops import local_mix, local_mix_refusal
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
-from acmix.ops.maps import are_dynamic
+from acmix.ops.maps import is_channels_last
 
-SMALL_MAP = 64  # pixels up to which, on a CPU, a matrix product is the faster projection; measured
+WIDE = 64  # input channels from which a matrix product is as fast a projection as a 1×1 convolution; measured on a CPU
 
 
 class ACmix(nn.Module):
@@ -97,21 +97,50 @@ class ACmix(nn.Module):
         self._check(x)
         height, width = x.shape[-2:]
         pad = getattr(self.attention, "pad", None)  # a wrapper around the path may lack it
-        x = x if pad is None else pad(x)
-        q, k, v = self._project(x).chunk(3, 1)
-        inner = tuple(m[..., :height, :width] for m in (q, k, v))  # without the attention's padding
+        qkv = self._project(x if pad is None else pad(x))
         if not self._can_fuse():
+            q, k, v = qkv.chunk(3, 1)
             attention = None if self.attention is None else self._crop(self.attention(q, k, v), height, width)
-            convolution = None if self.convolution is None else self.convolution(*inner)
+            convolution = None
+            if self.convolution is not None:
+                convolution = self.convolution(*self._inner(qkv, height, width))
             return self.mix(attention, convolution)
         alpha, beta = self.mix.weights()
+        if (out := self._in_one_pass(qkv, alpha, beta, is_channels_last(x))) is not None:
+            return out
         if self.convolution is None:
             assert self.attention is not None
-            return self._crop(self.attention(q, k, v, scale=alpha), height, width)
+            return self._crop(self.attention(*qkv.chunk(3, 1), scale=alpha), height, width)
         # The weights go into the small matrices at the end of each path, and the second path adds to the first: the
         # maps are never read again just to be scaled and summed.
-        convolved = self.convolution(*inner, scale=beta)
-        return convolved if self.attention is None else self.attention(q, k, v, scale=alpha, add_to=convolved)
+        convolved = self.convolution(*self._inner(qkv, height, width), scale=beta)
+        if self.attention is None:
+            return convolved
+        return self.attention(*qkv.chunk(3, 1), scale=alpha, add_to=convolved)
+
+    def _inner(self, qkv: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+        """q, k and v without the attention's padding."""
+        return qkv[..., :height, :width].chunk(3, 1)
+
+    def _in_one_pass(
+        self, qkv: Tensor, alpha: Tensor | float, beta: Tensor | float, channels_last: bool
+    ) -> Tensor | None:
+        """Both paths by one operation, or None where there is none for them."""
+        attention, convolution = self.attention, self.convolution
+        if type(attention) is not LocalAttention or type(convolution) is not ShiftConv:
+            return None
+        windows = attention.window, convolution.window
+        side_by_side = qkv.permute(0, 2, 3, 1)
+        if local_mix_refusal(side_by_side, self.heads, *windows, attention.impl, convolution.impl):
+            return None
+        if (weight := convolution.folded_weight(beta)) is None:
+            return None
+        alpha = torch.as_tensor(alpha, dtype=weight.dtype, device=weight.device)
+        window = attention.window
+        return local_mix(
+            side_by_side, attention.position_weight, weight, alpha,
+            window.kernel_size, window.stride, window.dilation, channels_last=channels_last,
+        )  # fmt: skip
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -132,10 +161,9 @@ class ACmix(nn.Module):
         return out[..., : -(-height // self.stride), : -(-width // self.stride)]
 
     def _project(self, x: Tensor) -> Tensor:
-        channels_last = not transformed() and x.is_contiguous(memory_format=torch.channels_last)  # vmap has no layouts
-        if channels_last or not is_plain(self.qkv, nn.Linear):
-            return self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        if x.device.type == "cpu" and not are_dynamic(x.shape) and x.shape[-2] * x.shape[-1] <= SMALL_MAP:
-            # a convolution over so few pixels spends its time on reordering the weights
-            return self.qkv(x.flatten(2).mT).mT.unflatten(2, x.shape[2:]).contiguous()
-        return F.conv2d(x, self.qkv.weight[:, :, None, None], self.qkv.bias)
+        """q, k and v side by side, (B, 3 * out_channels, H, W); on a CPU channels_last whatever x is."""
+        channels_last = is_channels_last(x)
+        as_convolution = channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
+        if as_convolution and is_plain(self.qkv, nn.Linear):
+            return F.conv2d(x, self.qkv.weight[:, :, None, None], self.qkv.bias)
+        return self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from acmix.layers.derived import DerivedBuffers
 from acmix.layers.path import ParityCase, Path, strided_numel
 from acmix.ops import shift_conv
+from acmix.ops.implementations import Window
+from acmix.ops.shift_conv import fold
 
 KINDS = ("shift", "fixed", "random", "learned", "full")
 
@@ -102,6 +104,22 @@ class ShiftConv(DerivedBuffers, Path):
             else:
                 out = self._shift_conv(q, k, v, fc_weight, self.shift_weight, fc_bias, self.impl)
         return self.finish(out, 1.0, add_to)
+
+    @property
+    def window(self) -> Window:
+        """The window of every output."""
+        return Window(self.kernel_size, self.stride, self.dilation)
+
+    def folded_weight(self, scale: Tensor | float) -> Tensor | None:
+        """scale · the path as the weight of one grouped convolution, (N * d, 3N, k, k), rows (head_dim, head).
+
+        None for a path that is more than that: tensor shifts, or a bias, which is cut off at the border.
+        """
+        if self.kind == "full":
+            return scale * self.weight
+        if self.kind == "shift" or self.fc_bias is not None:
+            return None
+        return fold(scale * self.fc_weight, self.shift_weight)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`acmix.ops.reference.shift_conv`, with one-hot kernels for tensor shifts; `full`: the convolution itself."""

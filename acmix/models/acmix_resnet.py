@@ -19,6 +19,7 @@ from acmix.layers import ACmix, LocalAttention, path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.official import OfficialNames, register_official
+from acmix.ops.implementations import transformed
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -228,7 +229,7 @@ class ACmixResNet(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r} is not offered: choose NCHW")
         take, last = feature_take_indices(len(self.feature_info), indices)
-        x = self.act1(self.bn1(self.conv1(x)))
+        x = self._stem(x)
         intermediates = [x] if 0 in take else []
         x = self.maxpool(x)
         for index, name in enumerate(STAGES, start=1):
@@ -254,10 +255,16 @@ class ACmixResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the last stage's map (B, num_features, h, w)."""
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        x = self.maxpool(self._stem(x))
         for name in STAGES:
             x = self._stage(name, x)
         return x
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not transformed():  # vmap has no layouts
+            # every convolution and norm of a CPU is the faster in it, and the blocks compute in it anyway
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.act1(self.bn1(self.conv1(x)))
 
     def _stage(self, name: str, x: Tensor) -> Tensor:
         stage = self.get_submodule(name)

@@ -1,8 +1,9 @@
 """Arithmetic of the ACmix block on tensors: sliding-window attention and the folded shift convolution."""
 
 from acmix.ops.local_attention import local_attention
+from acmix.ops.local_mix import local_mix, local_mix_refusal
 from acmix.ops.shift_conv import shift_conv
 
 from acmix.ops import counts  # isort: skip - it registers formulas for the operations defined above
 
-__all__ = ["counts", "local_attention", "shift_conv"]
+__all__ = ["counts", "local_attention", "local_mix", "local_mix_refusal", "shift_conv"]

@@ -44,6 +44,27 @@ def grouped_conv_backward_flops(
     return 4 * _two_steps(q, weight, stride)
 
 
+@register_flop_formula(torch.ops.acmix.local_mix)
+def local_mix_flops(
+    qkv: Shape, position_weight: Shape, weight: Shape, alpha: Shape, kernel_size: int, stride: int, *_: Any, **__: Any
+) -> int:
+    """Those of both operations."""
+    q = _one_of_three(qkv)
+    return 4 * kernel_size**2 * _strided_numel(q, stride) + 2 * _two_steps(q, weight, stride)
+
+
+@register_flop_formula(torch.ops.acmix.local_mix_backward)
+def local_mix_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
+    """The gradients of the same."""
+    qkv, _position, weight, _alpha, _lse, kernel_size, stride = inputs[:7]
+    return 8 * kernel_size**2 * prod(grad_out) + 4 * _two_steps(_one_of_three(qkv), weight, stride)
+
+
+def _one_of_three(qkv: Shape) -> Shape:
+    batch, height, width, channels = qkv
+    return batch, channels // 3, height, width
+
+
 def _two_steps(q: Shape, weight: Shape, stride: int) -> int:
     """Multiply-adds of k² mixtures of the 3N maps and of k² kernels of k × k for each output, less the folding."""
     taps = weight[2] * weight[3]

@@ -15,7 +15,7 @@ from torch.library import CustomOpDef
 from acmix.ops.implementations import announcing, print_once
 from acmix.ops.maps import without_autocast
 
-# (q, k, v, weight, *options) to the operation's output.
+# Four tensors and the options to the operation's output.
 Plain = Callable[..., Tensor]
 
 
@@ -38,12 +38,13 @@ def plain_gradients(
 
 
 def register_second_derivative(name: str, backward: CustomOpDef, plain: Plain, options: int) -> None:
-    """Let autograd differentiate an operation's backward pass: (grad_out, q, k, v, weight, ..., *options, impl).
+    """Let autograd differentiate an operation's backward pass: (grad_out, four inputs, ..., *options, one that
+    changes no number).
 
     Args:
         name: Of the operation.
         backward: The custom operation that computes its gradients.
-        plain: The operation in plain PyTorch, for q, k, v, weight and the options.
+        plain: The operation in plain PyTorch, for the four inputs and the options.
         options: How many there are.
     """
 

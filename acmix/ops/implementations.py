@@ -188,7 +188,7 @@ class Operation:
         """
         name = self.canonical(impl)
         if name == "auto":
-            name = self._preferred(problem)
+            name = self.preferred(problem)
         elif refusal := self._refusal(name, problem):
             raise ValueError(f"impl {impl!r} cannot run {self.name} for {problem}: {refusal}; impl='auto' chooses one")
         if announcing():
@@ -199,7 +199,8 @@ class Operation:
         implementation = self.implementations[name]
         return implementation.transform_refusal(problem) or implementation.refusal(problem)
 
-    def _preferred(self, problem: Problem) -> str:
+    def preferred(self, problem: Problem) -> str:
+        """The name of the implementation that `auto` stands for."""
         for name, implementation in self.implementations.items():
             if implementation.auto_refusal(problem) is None:
                 return name

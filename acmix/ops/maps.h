@@ -1,4 +1,5 @@
-// What the C++ sources of this folder share: vectors of LANES numbers of type T, maps in memory, scratch memory.
+// What the C++ sources of this folder share: vectors of LANES numbers of type T, maps of type S in memory, threads,
+// scratch memory.
 
 #pragma once
 
@@ -16,9 +17,26 @@ typedef T Loose __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)
 inline Vec load(const T *p) { return *reinterpret_cast<const Loose *>(p); }
 inline void store(T *p, Vec v) { *reinterpret_cast<Loose *>(p) = v; }
 
+// The upper half of a float.
+struct Bfloat16 {
+    uint16_t bits;
+    Bfloat16() = default;
+    Bfloat16(float value) {  // to the nearest, ties to even
+        uint32_t b;
+        std::memcpy(&b, &value, sizeof b);
+        bits = value == value ? (b + 0x7fff + (b >> 16 & 1)) >> 16 : 0x7fc0;
+    }
+    operator float() const {
+        uint32_t b = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &b, sizeof value);
+        return value;
+    }
+};
+
 // A map (images, channels, rows, columns) as it lies in memory; strides in elements.
 struct Map {
-    T *data;
+    S *data;
     int64_t image, channel, row, column;
 };
 
@@ -27,6 +45,19 @@ T *scratch(int64_t size) {
     static thread_local std::vector<T> memory;
     if (memory.size() < size_t(size)) memory.resize(size);
     return memory.data();
+}
+
+// work(i) for i in begin..end-1, in any order, each on one thread.
+template <class Work>
+void parallel(int64_t begin, int64_t end, [[maybe_unused]] int64_t threads, Work work) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+        for (int64_t i = begin; i < end; i++) work(i);
+        return;
+    }
+#endif
+    for (int64_t i = begin; i < end; i++) work(i);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The operations' C++ sources: compiled for this machine once, kept on disk, called for a range of work per thread."""
+"""The operations' C++ sources: compiled for this machine once, kept on disk, run on PyTorch's threads."""
 
 import ctypes
 import hashlib
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 _SOURCES = Path(__file__).parent
+# In C++, of what is computed with (T) and of what maps may hold (S).
 _SCALARS = {torch.float32: ("float", 4), torch.float64: ("double", 8)}
+_STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "Bfloat16"}
 # Contraction to fused multiply-adds is wanted; nothing here may assume that numbers are finite.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno",
           "-fno-trapping-math")  # fmt: skip
@@ -57,9 +59,16 @@ def lanes(width: int, dtype: torch.dtype) -> int:
     return most // 2 if width <= most // 2 else most
 
 
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the libraries take maps of `dtype`: the same, or a wider one for which they must be copied."""
+    return dtype if dtype in _STORED else torch.float32
+
+
 @cache
 def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
-    """The library that `source` gives for a scalar type and these macros; compiled if this machine has none yet.
+    """The library that `source` gives for maps of a dtype and these macros; compiled if this machine has none yet.
+
+    It computes in float32 or better, on the threads of OpenMP where these are PyTorch's own.
 
     Libraries lie in $ACMIX_CACHE, or in ~/.cache/acmix, which only the user may write to; the name carries a digest of
     everything that determines the content. Of processes that compile the same one, the last to finish replaces it. A
@@ -69,24 +78,52 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
         RuntimeError: if there is no C++ compiler or it fails; the message holds its output.
         OSError: if the folder cannot be written or the library cannot be loaded.
     """
+    defines = [f"-DS={_STORED[dtype]}", f"-DT={_SCALARS[torch.promote_types(dtype, torch.float32)][0]}"]
+    defines += [f"-D{name}={value}" for name, value in macros.items()]
+    return _load(source, (*_FLAGS, *_openmp_flags(), *defines))
+
+
+def _load(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
     compiler = cxx_compiler()
     if compiler is None:
         raise RuntimeError("there is no C++ compiler (install g++ or clang++, or set CXX)")
-    defines = [f"-DT={_SCALARS[dtype][0]}", *(f"-D{name}={value}" for name, value in macros.items())]
     file = _SOURCES / source
-    text = [file.read_text(), (_SOURCES / "maps.h").read_text()]
-    recipe = "\0".join((*text, compiler, _version(compiler), _processor(), *_FLAGS, *defines))
+    text = [part.read_text() for part in (file, *sorted(_SOURCES.glob("*.h")), *sorted(file.parent.glob("*.h")))]
+    recipe = "\0".join((*text, compiler, _version(compiler), _processor(), *options))
     target = _cache_folder() / f"{file.stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
     if not _is_intact(target):
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             built = Path(scratch) / target.name
-            command = [compiler, *_FLAGS, *defines, f"-I{_SOURCES}", str(file), "-o", str(built)]
+            command = [compiler, *options, f"-I{_SOURCES}", str(file), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
             _seal(built)
             built.replace(target)
     return ctypes.CDLL(str(target))
+
+
+@cache
+def _openmp_flags() -> tuple[str, ...]:
+    """What makes the compiler use OpenMP, if that means the runtime that PyTorch has loaded; else nothing.
+
+    Threads of a second runtime would compete with PyTorch's, which go on spinning for a while after each of its
+    operations. Whether it is the same is proved: by the address of one of its functions.
+    """
+    if not torch.backends.openmp.is_available():
+        return ()
+    try:
+        ours = _load("openmp.cpp", (*_FLAGS, "-fopenmp")).runtime
+        ours.restype = ctypes.c_void_p
+        theirs = ctypes.CDLL(str(_library_of_torch())).omp_get_max_threads
+    except (RuntimeError, OSError, AttributeError):  # no compiler, no OpenMP, or PyTorch's is hidden inside
+        return ()
+    return ("-fopenmp",) if ours() == ctypes.cast(theirs, ctypes.c_void_p).value else ()
+
+
+def _library_of_torch() -> Path:
+    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    return Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}"
 
 
 def _seal(library: Path) -> None:
@@ -108,23 +145,22 @@ def _is_intact(library: Path) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def refusal(
-    source: str, device: torch.device, dtype: torch.dtype, kernel_size: int, heads: int | None = None
-) -> str | None:
+def refusal(source: str, device: torch.device, dtype: torch.dtype, kernel_size: int | None = None) -> str | None:
     """Why `source` cannot run on maps of this device and dtype; None once it is compiled, for rows of whole vectors.
 
     Args:
         source: file below this folder.
-        kernel_size, heads: macros K and N of the source; heads is None for a source without N.
+        kernel_size: macro K of the source; None for a source without it.
     """
     if device.type != "cpu":
         return f"it is written for the CPU, the tensors are on {device}"
-    return _compiler_refusal(source, torch.promote_types(dtype, torch.float32), kernel_size, heads)
+    return _compiler_refusal(source, torch.promote_types(dtype, torch.float32), kernel_size)
 
 
 @cache
-def _compiler_refusal(source: str, dtype: torch.dtype, kernel_size: int, heads: int | None) -> str | None:
-    macros = {"K": kernel_size, "LANES": lanes(sys.maxsize, dtype)} | ({} if heads is None else {"N": heads})
+def _compiler_refusal(source: str, dtype: torch.dtype, kernel_size: int | None) -> str | None:
+    macros = {} if kernel_size is None else {"K": kernel_size}
+    macros["LANES"] = lanes(sys.maxsize, dtype)
     try:
         library(source, dtype, **macros)
     except (RuntimeError, OSError) as error:
@@ -159,12 +195,16 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 
 def run(function: Callable[..., Any], arguments: list[Any], count: int) -> None:
-    """Call `function(*arguments, begin, end)` for parts of range(count), one for each of PyTorch's threads."""
+    """Do `count` independent pieces of work on as many threads as PyTorch has.
+
+    Calls `function(*arguments, begin, end, threads)`: once for the whole range where the library shares PyTorch's
+    threads; else for a part of it and one thread, on each thread of a pool.
+    """
     threads = max(1, min(torch.get_num_threads(), count))
-    bounds = [ctypes.c_int64(count * i // threads) for i in range(threads + 1)]
-    if threads == 1:
-        function(*arguments, *bounds)
+    if threads == 1 or _openmp_flags():
+        function(*arguments, *map(ctypes.c_int64, (0, count, threads)))
         return
+    bounds = [ctypes.c_int64(count * i // threads) for i in range(threads + 1)]
     pool = _pool(threads, os.getpid())
-    for part in [pool.submit(function, *arguments, *span) for span in pairwise(bounds)]:
+    for part in [pool.submit(function, *arguments, *span, ctypes.c_int64(1)) for span in pairwise(bounds)]:
         part.result()

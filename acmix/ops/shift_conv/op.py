@@ -6,8 +6,16 @@ from torch import Tensor
 
 from acmix.ops import reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
-from acmix.ops.implementations import Problem, Window, announcing, transformed
-from acmix.ops.maps import autocast_dtype, cast_maps, check_maps, is_channels_last, keepable, without_autocast
+from acmix.ops.implementations import ALIASES, Problem, Window, announcing, transformed
+from acmix.ops.maps import (
+    autocast_dtype,
+    cast_maps,
+    check_maps,
+    empty_like_layout,
+    is_channels_last,
+    keepable,
+    without_autocast,
+)
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
 
 
@@ -63,11 +71,17 @@ def shift_conv(
         fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))
         two_steps = reference.shift_conv if choice == "reference" else _unfolded
         return two_steps(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
-    weight = torch.einsum("oiyx,im->omyx", shift_weight, fc_weight)
+    weight = fold(fc_weight, shift_weight)
     out = _convolve(q, k, v, weight.to(q.dtype), window, choice)
     if fc_bias is not None:
         out = out + _bias_map(fc_bias, shift_weight, q, window).to(q.dtype)
     return out if bias is None else out + bias.to(q.dtype)[:, None, None]
+
+
+def fold(fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
+    """Both steps of `shift_conv` as one grouped convolution: its weight (N*d, 3N, k, k), rows (head_dim, head)."""
+    with without_autocast(fc_weight):
+        return torch.einsum("oiyx,im->omyx", shift_weight, fc_weight)
 
 
 def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, impl: str) -> Tensor:
@@ -75,7 +89,7 @@ def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, i
     if impl == "dense":
         return _convolve_dense(q, k, v, weight, window)
     if q.device.type != "cpu":
-        return _convolve_plain(q, k, v, weight, window.stride, window.dilation)
+        return convolve_plain(q, k, v, weight, window.stride, window.dilation)
     if impl == "folded" and is_channels_last(q):
         heads = weight.shape[1] // 3
         maps = _as_map(_side_by_side(q, k, v, heads))
@@ -83,7 +97,7 @@ def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, i
     return _forward(q, k, v, weight, window.stride, window.dilation, impl)
 
 
-def _convolve_plain(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+def convolve_plain(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
     """The folded convolution over one reordered copy of q, k and v."""
     heads = weight.shape[1] // 3
     maps = torch.stack([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
@@ -172,6 +186,13 @@ def _check(
         raise ValueError(f"bias must be (channels,) = ({channels},), got {tuple(bias.shape)}")
 
 
+def _empty_like(q: Tensor, height: int, width: int, impl: str) -> Tensor:
+    """A map with the channels of `q` in the layout that `impl` gives it."""
+    if ALIASES.get(impl, impl) == "cpp":
+        return empty_like_layout(q, height, width)
+    return q.new_empty(*q.shape[:2], height, width)
+
+
 @torch.library.custom_op("acmix::grouped_conv", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
     """Grouped convolution over the maps of q, k and v on a CPU, without a reordered copy of them all."""
@@ -184,8 +205,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilat
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
-    size = Window(weight.shape[-1], stride, dilation).out_size(*q.shape[2:])
-    return q.new_empty(q.shape[0], weight.shape[0], *size)
+    height, width = Window(weight.shape[-1], stride, dilation).out_size(*q.shape[2:])
+    return _empty_like(q, height, width, impl)
 
 
 @torch.library.custom_op("acmix::grouped_conv_backward", mutates_args=())
@@ -202,7 +223,8 @@ def _backward(
 def _(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (*(q.new_empty(q.shape) for _ in range(3)), weight.new_empty(weight.shape))  # type: ignore[return-value]
+    dq, dk, dv = (_empty_like(q, q.shape[2], q.shape[3], impl) for _ in range(3))
+    return dq, dk, dv, weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -212,11 +234,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd_backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
     if transformed():
-        grads = plain_gradients("shift_conv", _convolve_plain, ctx.saved_tensors, ctx.options[:-1], grad_out)
+        grads = plain_gradients("shift_conv", convolve_plain, ctx.saved_tensors, ctx.options[:-1], grad_out)
     else:
         grads = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
     return *grads, None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
-register_second_derivative("shift_conv", _backward, _convolve_plain, options=2)
+register_second_derivative("shift_conv", _backward, convolve_plain, options=2)

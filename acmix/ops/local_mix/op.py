@@ -1,0 +1,197 @@
+"""Local attention and the folded convolution in one node: public operation, registration with torch.library.
+
+Either path alone reads q, k and v and writes three gradients. Together the convolution writes and the attention adds,
+in place: no gradient is ever copied or summed by itself.
+"""
+
+import torch
+from torch import Tensor
+
+from acmix.ops import reference
+from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
+from acmix.ops.implementations import Problem, Window, transformed
+from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
+from acmix.ops.maps import autocast_dtype, without_autocast
+from acmix.ops.shift_conv.implementations import SHIFT_CONV
+from acmix.ops.shift_conv.op import convolve_plain
+
+
+def local_mix(
+    qkv: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    *,
+    channels_last: bool = True,
+) -> Tensor:
+    """alpha · local_attention(q, k, v) + grouped convolution of q, k, v: the sum of the paths (paper section 4).
+
+    Args:
+        qkv: (B, H, W, 3 * N*d), q, k and v side by side at every pixel, channels (head, head_dim) each; as `nn.Linear`
+            gives them. Contiguous, or it is copied.
+        position_weight, kernel_size: As in `acmix.ops.local_attention`.
+        weight: (N*d, 3N, k, k): the folded weight of the convolution path, rows (head_dim, head), d groups; beta
+            belongs in it.
+        alpha: Scalar tensor.
+        stride, dilation: Of both paths.
+        channels_last: Memory format of the result.
+
+    Returns:
+        (B, N*d, ceil(H / stride), ceil(W / stride)).
+
+    Raises:
+        RuntimeError: if C++ cannot run here; see `local_mix_refusal`.
+    """
+    if (dtype := autocast_dtype(qkv)) is not None and qkv.dtype != torch.float64:
+        qkv = qkv.to(dtype)
+    with without_autocast(qkv):
+        options = (kernel_size, stride, dilation, channels_last)
+        out: Tensor = _forward(qkv.contiguous(), position_weight, weight, alpha, *options)[0]
+        return out
+
+
+def local_mix_refusal(
+    qkv: Tensor,
+    heads: int,
+    attended: Window,
+    convolved: Window,
+    impl: str = "auto",
+    conv_impl: str = "auto",
+) -> str | None:
+    """Why the two operations should be called one after the other, or None: if C++ is the choice for both.
+
+    Args:
+        qkv: As in `local_mix`.
+        heads: N.
+        attended, convolved: Windows of the two operations.
+        impl, conv_impl: What is asked for in each.
+
+    Raises:
+        ValueError: for an impl that cannot run here, as the operations do.
+    """
+    q = qkv[..., : qkv.shape[-1] // 3].permute(0, 3, 1, 2)
+    if q.device.type != "cpu":
+        return "it is written for the CPU"
+    if transformed():
+        return "it lacks the rules of torch.func"
+    if attended.stride != convolved.stride or min(q.shape[2:]) <= attended.reach:
+        return "the windows do not fit together, or not the map"
+    for operation, name, window in ((LOCAL_ATTENTION, impl, attended), (SHIFT_CONV, conv_impl, convolved)):
+        choice = operation.resolve(name, Problem.of(q, heads, window))
+        if choice != "cpp":
+            return f"{operation.name} runs as {choice}"
+    return None
+
+
+def _plain(
+    qkv: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> Tensor:
+    """The operation in plain PyTorch."""
+    q, k, v = qkv.permute(0, 3, 1, 2).chunk(3, 1)
+    attended = reference.local_attention(q, k, v, position_weight, kernel_size, stride, dilation)
+    return alpha.to(attended.dtype) * attended + convolve_plain(q, k, v, weight.to(q.dtype), stride, dilation)
+
+
+@torch.library.custom_op("acmix::local_mix", mutates_args=())
+def _forward(
+    qkv: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the paths, and the log-sum-exp of the logits, for the backward pass."""
+    from acmix.ops.local_mix import cpp
+
+    refuse_forward_ad("local_mix")
+    windows = Window(kernel_size, stride, dilation), Window(weight.shape[-1], stride, dilation)
+    return cpp.forward(qkv, position_weight, weight, alpha, *windows, channels_last)
+
+
+@_forward.register_fake
+def _(
+    qkv: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels = qkv.shape
+    size = Window(kernel_size, stride, dilation).out_size(height, width)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    lse = qkv.new_empty(batch, channels // 3 // len(position_weight), *size, dtype=wide)
+    if channels_last:
+        return qkv.new_empty(batch, *size, channels // 3).permute(0, 3, 1, 2), lse
+    return qkv.new_empty(batch, channels // 3, *size), lse
+
+
+@torch.library.custom_op("acmix::local_mix_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    lse: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v side by side, the position weight, the convolution's weight and alpha."""
+    from acmix.ops.local_mix import cpp
+
+    windows = Window(kernel_size, stride, dilation), Window(weight.shape[-1], stride, dilation)
+    with without_autocast(qkv):  # a backward pass may be started under autocast
+        return cpp.backward(grad_out, qkv, position_weight, weight, alpha, lse, *windows)
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor,
+    qkv: Tensor,
+    position_weight: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    lse: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in (position_weight, weight, alpha)]
+    return qkv.new_empty(qkv.shape), weights[0], weights[1], weights[2]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(True)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.options = inputs[4:]
+
+
+def _autograd_backward(ctx, grad_out: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
+    if transformed():
+        grads = plain_gradients("local_mix", _plain, ctx.saved_tensors[:4], ctx.options[:-1], grad_out)
+    else:
+        grads = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+register_second_derivative("local_mix", _backward, _plain, options=3)
