@@ -39,7 +39,7 @@ def test_implementations_are_timed_side_by_side(tmp_path: Path, capsys: pytest.C
     assert machine["device"]
     assert "torch" in machine["versions"]
     header = capsys.readouterr().out.splitlines()[0]
-    expected = "subject impl mode median ms spread n images/s peak MiB MMAC roofline time ratio"
+    expected = "subject impl mode median ms spread n images/s peak MiB GFLOP/s of roof time ratio"
     assert " ".join(header.split()) == expected
 
 
@@ -93,6 +93,8 @@ def test_the_authors_code_comes_from_a_clone(tmp_path: Path) -> None:
         (["authors:resnet26", "--authors", "/nowhere"], "no ResNet/test_bottleneck.py there"),
         (["authors:nosuch", "--authors", "/nowhere"], "choose one of"),
         (["--suite", "--out", "/proc/nowhere/deep"], "No such file"),
+        (["--suite", "--only", "nosuch*"], "no such row on this device"),
+        (["block:16x8", "--threads", "1,0"], "must be at least 1"),
         (["block:16x8", "--json", "/proc/nowhere/x.json"], "cannot write"),
     ],
 )
