@@ -88,7 +88,7 @@ def _load(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
     if compiler is None:
         raise RuntimeError("there is no C++ compiler (install g++ or clang++, or set CXX)")
     file = _SOURCES / source
-    text = [file.read_text(), (_SOURCES / "maps.h").read_text()]
+    text = [part.read_text() for part in (file, *sorted(_SOURCES.glob("*.h")), *sorted(file.parent.glob("*.h")))]
     recipe = "\0".join((*text, compiler, _version(compiler), _processor(), *options))
     target = _cache_folder() / f"{file.stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
     if not _is_intact(target):
@@ -145,24 +145,22 @@ def _is_intact(library: Path) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def refusal(
-    source: str, device: torch.device, dtype: torch.dtype, kernel_size: int, heads: int | None = None
-) -> str | None:
+def refusal(source: str, device: torch.device, dtype: torch.dtype, kernel_size: int | None = None) -> str | None:
     """Why `source` cannot run on maps of this device and dtype; None once it is compiled, for rows of whole vectors.
 
     Args:
         source: file below this folder.
-        kernel_size, heads: macros K and N of the source; heads is None for a source without N.
+        kernel_size: macro K of the source; None for a source without it.
     """
     if device.type != "cpu":
         return f"it is written for the CPU, the tensors are on {device}"
-    return _compiler_refusal(source, torch.promote_types(dtype, torch.float32), kernel_size, heads)
+    return _compiler_refusal(source, torch.promote_types(dtype, torch.float32), kernel_size)
 
 
 @cache
-def _compiler_refusal(source: str, dtype: torch.dtype, kernel_size: int, heads: int | None) -> str | None:
-    wide = torch.promote_types(dtype, torch.float32)
-    macros = {"K": kernel_size, "LANES": lanes(sys.maxsize, wide)} | ({} if heads is None else {"N": heads})
+def _compiler_refusal(source: str, dtype: torch.dtype, kernel_size: int | None) -> str | None:
+    macros = {} if kernel_size is None else {"K": kernel_size}
+    macros["LANES"] = lanes(sys.maxsize, dtype)
     try:
         library(source, dtype, **macros)
     except (RuntimeError, OSError) as error:

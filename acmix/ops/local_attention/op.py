@@ -5,7 +5,7 @@ from torch import Tensor
 
 from acmix.ops import reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
-from acmix.ops.implementations import Problem, Window, announcing, transformed
+from acmix.ops.implementations import ALIASES, Problem, Window, announcing, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.maps import autocast_dtype, cast_maps, check_maps, empty_like_layout, keepable, without_autocast
 
@@ -96,7 +96,12 @@ def _forward(
     if announcing():  # a compiled graph does not come through `resolve`
         LOCAL_ATTENTION.announce(impl, Problem.of(q, q.shape[1] // position_weight.shape[0], window))
     result = LOCAL_ATTENTION.load(impl).forward(q, k, v, position_weight, window)
-    return result if impl == "triton" else (result, q.new_empty(0, dtype=torch.float32))
+    return result if _saves(impl) else (result, q.new_empty(0, dtype=torch.float32))
+
+
+def _saves(impl: str) -> bool:
+    """Whether an implementation's backward pass needs what its forward pass returns, in the layout of q."""
+    return ALIASES.get(impl, impl) in ("triton", "cpp")
 
 
 @_forward.register_fake
@@ -112,9 +117,10 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = q.shape
     size = Window(kernel_size, stride, dilation).out_size(height, width)
-    if impl != "triton":
+    if not _saves(impl):
         return q.new_empty(batch, channels, *size), q.new_empty(0, dtype=torch.float32)
-    lse = q.new_empty(batch, channels // position_weight.shape[0], *size, dtype=torch.float32)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(batch, channels // position_weight.shape[0], *size, dtype=wide)
     return empty_like_layout(q, *size), lse
 
 
@@ -133,7 +139,7 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the position weight; logits are computed again."""
-    saved = (out, lse) if impl == "triton" else ()
+    saved = (out, lse) if _saves(impl) else ()
     window = Window(kernel_size, stride, dilation)
     with without_autocast(q):  # a backward pass may be started under autocast
         return LOCAL_ATTENTION.load(impl).backward(grad_out, q, k, v, position_weight, *saved, window)
@@ -153,7 +159,7 @@ def _(
     dilation: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [empty_like_layout(m, *m.shape[-2:]) if impl == "triton" else m.new_empty(m.shape) for m in (q, k, v)]
+    grads = [empty_like_layout(m, *m.shape[-2:]) if _saves(impl) else m.new_empty(m.shape) for m in (q, k, v)]
     return grads[0], grads[1], grads[2], torch.empty_like(position_weight, memory_format=torch.contiguous_format)
 
 
@@ -161,7 +167,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, position_weight, kernel_size, stride, dilation, impl = inputs
     ctx.set_materialize_grads(True)
     ctx.mark_non_differentiable(output[1])
-    saved = output if impl == "triton" else (None, None)
+    saved = output if _saves(impl) else (None, None)
     ctx.save_for_backward(*keepable(q, k, v), position_weight, *saved)
     ctx.options = (kernel_size, stride, dilation, impl)
 

@@ -1,64 +1,97 @@
-"""The folded convolution path on a CPU in C++ (convolution.cpp), compiled at first use for each scalar type and size.
+"""The folded convolution path on a CPU in C++ (convolution.cpp), compiled at first use for each dtype.
 
-q, k and v are read where they lie: the maps of a group are never brought side by side in memory.
+q, k and v are read where they lie and their gradients written where they shall lie, in any layout: the maps of a group
+are never brought side by side in memory.
 """
 
-from ctypes import byref, c_void_p
-from math import gcd
+import sys
+from collections.abc import Sequence
+from ctypes import Array, byref, c_int64
 
 import torch
 from torch import Tensor
 
 from acmix.ops import native
 from acmix.ops.implementations import Window
+from acmix.ops.maps import empty_like_layout
+
+# Pieces of work that a batch is cut into, about, so that every thread has some. By the sizes alone, since the gradient
+# of the weight is summed piece by piece.
+_TASKS = 32
+_BAND_ROWS = 14  # rows of results that are worth a piece of their own
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window) -> Tensor:
     """Grouped convolution of q, k, v (B, N*d, H, W) with weight (N*d, 3N, k, k): (B, N*d, Ho, Wo), channels (d, N)."""
-    heads, dim, wide = _prepare(q, weight)
-    inputs = [m.to(wide) for m in (q, k, v)]
-    out = inputs[0].new_empty(*q.shape[:2], *window.out_size(*q.shape[2:]))
-    ordered = _interleave(weight.to(wide).unflatten(0, (dim, heads)), 1, _divisor(heads, 8))
-    library = native.library(
-        "shift_conv/convolution.cpp", wide, K=window.kernel_size, N=heads, LANES=native.lanes(out.shape[-1], wide)
-    )
-    problem = native.sizes(q.shape[0], dim, *q.shape[2:], window.stride, window.dilation)
-    maps = (native.Map * 3)(*map(native.Map.of, inputs))
-    native.run(library.forward, [problem, maps, *map(native.pointer, (ordered, out))], dim)
+    inputs = [m.to(native.stored(q.dtype)) for m in (q, k, v)]
+    out = empty_like_layout(inputs[0], *window.out_size(*q.shape[2:]))
+    forward_into(out, inputs, weight, window)
     return out.to(q.dtype)
 
 
 def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (contiguous) and the weight."""
-    heads, dim, wide = _prepare(q, weight)
-    inputs, grad = [m.to(wide) for m in (q, k, v)], grad_out.to(wide)
-    grads = [grad.new_empty(q.shape) for _ in range(3)]
-    dweight = grad.new_zeros(weight.shape)
-    ordered = _interleave(weight.to(wide).unflatten(0, (dim, heads)).transpose(1, 2), 1, _divisor(3 * heads, 12))
-    lanes = native.lanes(grad_out.shape[-1], wide)
-    library = native.library("shift_conv/convolution.cpp", wide, K=window.kernel_size, N=heads, LANES=lanes)
-    problem = native.sizes(q.shape[0], dim, *q.shape[2:], window.stride, window.dilation)
-    maps = (native.Map * 3)(*map(native.Map.of, inputs))
-    targets = (c_void_p * 3)(*(m.data_ptr() for m in grads))
-    arguments = [problem, byref(native.Map.of(grad)), maps, native.pointer(ordered), targets, native.pointer(dweight)]
-    native.run(library.backward, arguments, dim)
+    """Gradients of q, k, v (in the layout of q) and the weight."""
+    grad, *inputs = [m.to(native.stored(q.dtype)) for m in (grad_out, q, k, v)]
+    grads = [empty_like_layout(inputs[0], *q.shape[2:]) for _ in range(3)]
+    dweight = backward_into(grads, grad, inputs, weight, window)
     dq, dk, dv = (m.to(q.dtype) for m in grads)
     return dq, dk, dv, dweight.to(weight.dtype)
 
 
-def _prepare(q: Tensor, weight: Tensor) -> tuple[int, int, torch.dtype]:
-    """Heads, head width, and the dtype of the computation."""
+def forward_into(out: Tensor, inputs: Sequence[Tensor], weight: Tensor, window: Window) -> None:
+    """Write the convolution of q, k and v to `out`; all four of one dtype that `native.stored` keeps, any strides."""
+    problem, tasks = _problem(inputs[0], weight, window)
+    ordered = _ordered(weight, out.dtype)
+    arguments = [problem, _maps(inputs), native.pointer(ordered), byref(native.Map.of(out))]
+    native.run(_library(out.dtype).forward, arguments, tasks)
+
+
+def backward_into(
+    grads: Sequence[Tensor], grad_out: Tensor, inputs: Sequence[Tensor], weight: Tensor, window: Window
+) -> Tensor:
+    """Write the gradients of q, k and v to `grads`; return the weight's, in float32 or better.
+
+    It is the same to the last bit for every number of threads. Dtypes and strides as for `forward_into`.
+    """
+    problem, tasks = _problem(inputs[0], weight, window)
+    ordered = _ordered(weight, grad_out.dtype)
+    shares = ordered.new_empty(problem[-1], *ordered.shape)
+    maps = [byref(native.Map.of(grad_out)), _maps(inputs), native.pointer(ordered), _maps(grads)]
+    native.run(_library(grad_out.dtype).backward, [problem, *maps, native.pointer(shares)], tasks)
+    dweight = shares[0] if len(shares) == 1 else shares.sum(0)
+    return dweight.t().reshape(weight.shape)
+
+
+def _library(dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    return native.library("shift_conv/convolution.cpp", dtype, LANES=_lanes(dtype))
+
+
+def _lanes(dtype: torch.dtype) -> int:
+    return native.lanes(sys.maxsize, torch.promote_types(dtype, torch.float32))
+
+
+def _maps(maps: Sequence[Tensor]) -> Array[native.Map]:
+    return (native.Map * 3)(*map(native.Map.of, maps))
+
+
+def _problem(q: Tensor, weight: Tensor, window: Window) -> tuple[Array[c_int64], int]:
+    """The `Problem` of the source, and the number of its tasks."""
+    batch, channels, height, width = q.shape
     heads = weight.shape[1] // 3
-    return heads, weight.shape[0] // heads, torch.promote_types(q.dtype, torch.float32)
+    dim = channels // heads
+    blocks = -(-dim // _lanes(q.dtype))
+    wanted = -(-_TASKS // blocks)
+    rows = -(-height // window.stride)
+    bands = max(1, min(-(-wanted // batch), rows // _BAND_ROWS))
+    parts = min(batch * bands, wanted)
+    sizes = (batch, heads, dim, height, width, window.kernel_size, window.stride, window.dilation, bands, parts)
+    return native.sizes(*sizes), blocks * parts
 
 
-def _divisor(count: int, most: int) -> int:
-    """The largest divisor of `count` up to `most`: the outputs that the kernel computes side by side."""
-    return max(n for n in range(1, most + 1) if gcd(n, count) == n)
-
-
-def _interleave(weight: Tensor, dim: int, tile: int) -> Tensor:
-    """Weight (groups, outputs, inputs, k, k) as (groups, tiles, inputs, k, k, outputs of a tile)."""
-    return weight.unflatten(dim, (-1, tile)).movedim(dim + 1, -1).contiguous()
+def _ordered(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight (N*d, 3N, k, k), rows (d, N), in the order (N, 3N, k, k, d) and the dtype of the sums."""
+    wide = torch.promote_types(dtype, torch.float32)
+    dim = 3 * weight.shape[0] // weight.shape[1]
+    return weight.to(wide).reshape(dim, -1).t().contiguous()

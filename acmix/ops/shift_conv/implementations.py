@@ -16,8 +16,7 @@ def unfolded_declines(problem: Problem) -> str | None:
 
 def cpp_refusal(problem: Problem) -> str | None:
     """C++ needs the CPU and a compiler that accepts the source."""
-    source, kernel_size = "shift_conv/convolution.cpp", problem.window.kernel_size
-    return native.refusal(source, problem.device, problem.dtype, kernel_size, problem.heads)
+    return native.refusal("shift_conv/convolution.cpp", problem.device, problem.dtype)
 
 
 def dense_declines(problem: Problem) -> str | None:

@@ -6,8 +6,16 @@ from torch import Tensor
 
 from acmix.ops import reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
-from acmix.ops.implementations import Problem, Window, announcing, transformed
-from acmix.ops.maps import autocast_dtype, cast_maps, check_maps, is_channels_last, keepable, without_autocast
+from acmix.ops.implementations import ALIASES, Problem, Window, announcing, transformed
+from acmix.ops.maps import (
+    autocast_dtype,
+    cast_maps,
+    check_maps,
+    empty_like_layout,
+    is_channels_last,
+    keepable,
+    without_autocast,
+)
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
 
 
@@ -178,6 +186,13 @@ def _check(
         raise ValueError(f"bias must be (channels,) = ({channels},), got {tuple(bias.shape)}")
 
 
+def _empty_like(q: Tensor, height: int, width: int, impl: str) -> Tensor:
+    """A map with the channels of `q` in the layout that `impl` gives it."""
+    if ALIASES.get(impl, impl) == "cpp":
+        return empty_like_layout(q, height, width)
+    return q.new_empty(*q.shape[:2], height, width)
+
+
 @torch.library.custom_op("acmix::grouped_conv", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
     """Grouped convolution over the maps of q, k and v on a CPU, without a reordered copy of them all."""
@@ -190,8 +205,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilat
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
-    size = Window(weight.shape[-1], stride, dilation).out_size(*q.shape[2:])
-    return q.new_empty(q.shape[0], weight.shape[0], *size)
+    height, width = Window(weight.shape[-1], stride, dilation).out_size(*q.shape[2:])
+    return _empty_like(q, height, width, impl)
 
 
 @torch.library.custom_op("acmix::grouped_conv_backward", mutates_args=())
@@ -208,7 +223,8 @@ def _backward(
 def _(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (*(q.new_empty(q.shape) for _ in range(3)), weight.new_empty(weight.shape))  # type: ignore[return-value]
+    dq, dk, dv = (_empty_like(q, q.shape[2], q.shape[3], impl) for _ in range(3))
+    return dq, dk, dv, weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
