@@ -156,12 +156,12 @@ def test_rows_that_compare_with_the_authors_need_a_clone() -> None:
     assert {row["not_measured"] for row in rows} == {"needs --authors PATH"}
 
 
-def test_a_network_is_timed_beside_its_twin_in_training_and_inference() -> None:
-    narrow = next(target for target in TARGETS if target.key == "narrow_train").measure
-    how = {key: value for key, value in narrow.keywords.items() if key in ("ours", "plain")}  # type: ignore[attr-defined]
+def test_the_model_of_a_config_is_timed_beside_another_in_training_and_inference() -> None:
+    config = str(Path(__file__).parents[2] / "configs" / "cifar10" / "narrow_resnet26.yaml")
     for mode in ("train", "infer"):
-        figure = network(Suite(CPU, None, seconds=0.01), 1, mode=mode, **how, image_size=16, batch_size=2)
-        assert [result.case.label for result in figure.results] == ["narrow_acmix_resnet26", "narrow_resnet26"]
+        suite = Suite(CPU, None, seconds=0.01)
+        figure = network(suite, 1, ours="resnet10t", plain=config, mode=mode, image_size=32, batch_size=2)
+        assert [result.case.label for result in figure.results] == ["resnet10t", "narrow_resnet26"]
         assert {result.mode for result in figure.results} == {mode}
         assert figure.value.n >= 5
 
