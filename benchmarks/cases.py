@@ -13,11 +13,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from acmix.config import load_config
 from acmix.errors import UserError
 from acmix.layers.attention import LocalAttention
 from acmix.layers.block import ACmix
 from acmix.layers.convolution import ShiftConv
+from acmix.models import create_model
 from benchmarks.authors import Authors
+from benchmarks.timing import use_threads
 
 HEADS = 4
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,7 +29,7 @@ _PART = re.compile(r"(?P<kind>block|attention|shift_conv):(?P<channels>\d+)x(?P<
 
 @dataclass(frozen=True)
 class Setting:
-    """How cases are run: device, autocast dtype, compilation, memory format, batch and image size."""
+    """How cases are run: device, autocast dtype, compilation, memory format, batch and image size, CPU threads."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: str = "float32"
@@ -34,6 +37,7 @@ class Setting:
     channels_last: bool = False
     batch_size: int = 4
     image_size: int = 224
+    threads: int = 1
     authors: Path | None = None
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -75,7 +79,8 @@ class Case:
         return numbers * DTYPES[self.setting.dtype].itemsize
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The module's output under the setting's autocast and compilation."""
+        """The module's output under the setting's autocast and compilation, on its threads."""
+        use_threads(self.setting.threads)
         with self.setting.autocast():
             return self._run(*inputs)
 
@@ -105,8 +110,9 @@ def build_case(subject: str, setting: Setting, impl: str = "auto") -> Case:
     """Build what a user names, in training mode, with random weights and inputs from a fixed seed.
 
     Args:
-        subject: a timm model (ours or another), `torchvision:NAME`, `authors:NAME`, or a part: `block:CHANNELSxSIZE`,
-            `attention:...`, `shift_conv:...` or `authors:block:...`, with `sSTRIDE` at the end if it strides.
+        subject: a timm model (ours or another), the model of a config (`FILE.yaml`), `torchvision:NAME`,
+            `authors:NAME`, or a part: `block:CHANNELSxSIZE`, `attention:...`, `shift_conv:...` or `authors:block:...`,
+            with `sSTRIDE` at the end if it strides.
         impl: implementation of the ACmix operations, for subjects that have them.
 
     Raises UserError for a name that means nothing, or an implementation that the subject cannot take.
@@ -117,14 +123,15 @@ def build_case(subject: str, setting: Setting, impl: str = "auto") -> Case:
         raise UserError(f"{subject}: authors: comes first")
     theirs = is_authors(subject)
     part = _PART.fullmatch(name)
-    module = _authors_module(subject, name, part, setting) if theirs else _our_module(subject, part, impl)
+    module = _authors_module(subject, name, part, setting) if theirs else _our_module(subject, part, setting, impl)
     module = module.to(setting.device)
     inputs = _inputs(part, setting)
     if setting.channels_last:
         module = module.to(memory_format=torch.channels_last)
         inputs = tuple(t.contiguous(memory_format=torch.channels_last) for t in inputs)
     inputs = tuple(t.requires_grad_(part is not None) for t in inputs)
-    return Case(subject, "" if theirs else impl, module, inputs, classifies=part is None, setting=setting)
+    label = Path(subject).stem if _is_config(subject) else subject
+    return Case(label, "" if theirs else impl, module, inputs, classifies=part is None, setting=setting)
 
 
 def is_authors(subject: str) -> bool:
@@ -149,9 +156,9 @@ def _authors_module(subject: str, name: str, part: re.Match[str] | None, setting
     return authors.block(int(part["channels"]), int(part["stride"] or 1))
 
 
-def _our_module(subject: str, part: re.Match[str] | None, impl: str) -> nn.Module:
+def _our_module(subject: str, part: re.Match[str] | None, setting: Setting, impl: str) -> nn.Module:
     if part is None:
-        return _network(subject, impl)
+        return _configured(subject, setting, impl) if _is_config(subject) else _network(subject, impl)
     channels, stride = int(part["channels"]), int(part["stride"] or 1)
     if channels % HEADS:
         raise UserError(f"{subject}: {channels} channels do not divide into {HEADS} heads")
@@ -175,6 +182,18 @@ def _network(name: str, impl: str) -> nn.Module:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
         raise UserError(f"{name} takes no --impl {impl}: {error}") from None
+
+
+def _is_config(subject: str) -> bool:
+    return subject.endswith(".yaml")
+
+
+def _configured(file: str, setting: Setting, impl: str) -> nn.Module:
+    """The model of a config, for images of the setting's size."""
+    model = load_config(file).model
+    kwargs = model.kwargs | ({} if impl == "auto" else {"impl": impl})
+    classes = 1000 if model.num_classes is None else model.num_classes
+    return create_model(model.name, classes, image_size=(setting.image_size,) * 2, **kwargs)
 
 
 def _inputs(part: re.Match[str] | None, setting: Setting) -> tuple[Tensor, ...]:

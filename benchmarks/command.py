@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
 from acmix.process.program import Arguments, run_program
 from benchmarks.cases import DTYPES, Case, Setting, build_case, is_authors
-from benchmarks.measure import MODES, Result, measure
-from benchmarks.report import machine_row, table, write_json, write_page
-from benchmarks.roofline import measure_roofline
-from benchmarks.suite import Suite, suite_device
-from benchmarks.targets import run_targets
+from benchmarks.machine import Place, machine_row
+from benchmarks.measure import MODES, Bench, Result
+from benchmarks.page import summary, write_page
+from benchmarks.report import table, write_json
+from benchmarks.results import Results, Row, measure_rows
+from benchmarks.suite import Suite, Target, suite_device
+from benchmarks.targets import TARGETS
+from benchmarks.timing import use_threads
 
 
 def run(description: str, out: Path, arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +35,6 @@ def run(description: str, out: Path, arguments: Sequence[str] | None = None) -> 
 
 def _run(options: argparse.Namespace) -> int:
     device = suite_device(options.device)
-    torch.set_num_threads(options.threads)
     if options.suite:
         return _run_suite(options, device)
     if not options.subjects:
@@ -59,13 +62,19 @@ def _parser(description: str, out: Path) -> Arguments:
     add("--channels-last", action="store_true")
     add("--batch-size", type=_positive, default=4)
     add("--image-size", type=_positive, default=224)
-    add("--threads", type=_positive, default=1, help="CPU threads (default 1)")
+    add(
+        "--threads",
+        type=_positives,
+        metavar="N[,N...]",
+        help="CPU threads (default 1); with --suite, only the rows of these numbers (default: all)",
+    )
     add("--seconds", type=float, default=5.0, help="time to spend on each subject, about")
     add("--steps", type=_positive, help="number of rounds, instead of --seconds")
     add("--no-memory", action="store_true", help="do not measure peak memory")
     add("--authors", type=Path, metavar="PATH", help="clone of github.com/LeapLabTHU/ACmix, for authors:... subjects")
     add("--json", type=Path, metavar="FILE", help="write the results there too")
     add("--suite", action="store_true", help="measure every target of the device; write RESULTS.md and JSON")
+    add("--only", metavar="KEY[,KEY...]", help="with --suite, only these rows, such as 'resnet26*'; the others stay")
     add("--out", type=Path, default=out, metavar="FOLDER", help="where the suite writes (default: %(default)s)")
     return parser
 
@@ -77,40 +86,65 @@ def _positive(text: str) -> int:
     return number
 
 
+def _positives(text: str) -> list[int]:
+    return [_positive(number) for number in text.split(",")]
+
+
 def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
+    targets = _chosen(options.only, device)
     prove_writable("--out", options.out, folder=True)
-    machine = machine_row(device)
+    results = Results(options.out, Place.of(device), TARGETS)
     suite = Suite(device, options.authors, options.seconds)
-    rows = run_targets(suite, lambda line: print(line, flush=True))
-    write_json({"machine": machine, "targets": rows}, options.out / f"results-{device.type}.json")
-    write_page(options.out)
-    print(f"Wrote {options.out / 'RESULTS.md'} and results-{device.type}.json")
+    print(results.place, flush=True)
+
+    def keep(row: Row) -> None:
+        print(summary(row), flush=True)
+        results.put(row, suite)
+        write_page(options.out, TARGETS)
+
+    rows = measure_rows(suite, keep, targets, options.threads)
+    print(f"Wrote {options.out / 'RESULTS.md'} and {results.path.name}")
     return 1 if any("refused" in row for row in rows) else 0
+
+
+def _chosen(only: str | None, device: torch.device) -> list[Target]:
+    """The device's rows that `--only` names. Raises UserError for a name that no row has."""
+    here = [target for target in TARGETS if target.device == device.type]
+    if only is None:
+        return here
+    names = only.split(",")
+    for name in names:
+        if not any(fnmatchcase(target.key, name) for target in here):
+            keys = ", ".join(target.key for target in here)
+            raise UserError(f"--only {name}: no such row on this device; there are {keys}")
+    return [target for target in here if any(fnmatchcase(target.key, name) for name in names)]
 
 
 def _run_comparison(options: argparse.Namespace, device: torch.device) -> int:
     if options.json:
         prove_writable("--json", options.json)
+    bench, results = Bench(), list[Result]()
+    use_threads((options.threads or [1])[0])
     machine = machine_row(device)
-    setting = Setting(
-        device,
-        options.dtype,
-        options.compile,
-        options.channels_last,
-        options.batch_size,
-        options.image_size,
-        options.authors,
-    )
-    cases = _cases(options, setting)
-    roofline = measure_roofline(device, DTYPES[options.dtype])
-    results: list[Result] = []
-    for mode in MODES if options.mode == "both" else [options.mode]:
-        budget = {"seconds": options.seconds, "rounds": options.steps, "memory": not options.no_memory}
-        measured = measure(cases, roofline, mode=mode, **budget)
-        print(table(measured, against=len(cases) - 1 if options.against else None), flush=True)
-        results += measured
-    print(f"{machine['device']}, {options.threads} thread(s), torch {machine['versions']['torch']}, {machine['date']}; "
-          f"measured roof: {2e-9 * roofline.matmul:,.0f} GFLOP/s, {1e-9 * roofline.copy:,.1f} GB/s")  # fmt: skip
+    for threads in options.threads or [1]:
+        setting = Setting(
+            device,
+            options.dtype,
+            options.compile,
+            options.channels_last,
+            options.batch_size,
+            options.image_size,
+            threads,
+            options.authors,
+        )
+        cases = _cases(options, setting)
+        for mode in MODES if options.mode == "both" else [options.mode]:
+            budget = {"seconds": options.seconds, "rounds": options.steps, "memory": not options.no_memory}
+            measured = bench.measure(cases, mode=mode, **budget)
+            print(table(measured, against=len(cases) - 1 if options.against else None), flush=True)
+            results += measured
+        print(f"{machine['device']}, {threads} thread(s), torch {machine['versions']['torch']}, {machine['date']}; "
+              f"measured roof: {bench.roofline(setting)} (a multiply-add is two operations)")  # fmt: skip
     if options.json:
         write_json({"machine": machine, "results": [result.as_dict() for result in results]}, options.json)
     return 1 if any(result.refused for result in results) else 0

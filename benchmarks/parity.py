@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmix.layers.block import ACmix
 from acmix.layers.path import Path
 from acmix.testing import error_budget, relative_error
 from benchmarks.cases import DTYPES, Case
@@ -26,29 +27,32 @@ def check_parity(case: Case) -> None:
     """Hold a case against its reference implementation in float64; raises ParityError.
 
     Every path, at every shape it meets in the case, must give the output and each gradient within the error budget of
-    `acmix.testing`. The module as a whole must give the reference's output (if it is compiled or a part of a network:
+    `acmix.testing`; so must every ACmix block, which may compute both of its paths at once, its gradients taken
+    together. The module as a whole must give the reference's output (if it is compiled or a part of a network:
     its gradients too) within ten times that budget, because a network amplifies the rounding of every order of sums
     differently, while a mistake is of order one. A case in half precision is also checked in float32, where a slip at a
     border cannot hide in the noise.
     """
     for dtype in dict.fromkeys(["float32", case.setting.dtype]):
-        for path in _paths(case, dtype):
+        for path in _parts(case, dtype, Path):
             _check_path(path, dtype)
+        for block in _parts(case, dtype, ACmix):
+            _check_block(block, dtype)
         _check_whole(case, dtype)
 
 
-def _paths(case: Case, dtype: str) -> Iterator[Case]:
-    """Each path of the module as a case of its own, with the maps that reach it there; equal ones once."""
+def _parts(case: Case, dtype: str, kind: type[nn.Module]) -> Iterator[Case]:
+    """Each part of a kind, as a case of its own, with the maps that reach it in the module; equal ones once."""
     found: dict[Any, Case] = {}
     setting = replace(case.setting, dtype=dtype, compile=False)
 
-    def catch(path: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(path, Path)
+    def catch(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         maps = tuple(t.detach() for t in inputs[:3])
-        key = (repr(path), path.impl, maps[0].shape, maps[0].stride())
-        found.setdefault(key, Case(case.label, path.impl, path, maps, classifies=False, setting=setting))
+        impl = str(getattr(part, "impl", case.impl))
+        key = (repr(part), impl, maps[0].shape, maps[0].stride())
+        found.setdefault(key, Case(case.label, impl, part, maps, classifies=False, setting=setting))
 
-    hooks = [m.register_forward_pre_hook(catch) for m in case.module.modules() if isinstance(m, Path)]
+    hooks = [m.register_forward_pre_hook(catch) for m in case.module.modules() if isinstance(m, kind)]
     try:
         _run(replace(case, setting=setting), _inputs(case, dtype, 2), gradients=False)
     finally:
@@ -66,6 +70,16 @@ def _check_path(mine: Case, dtype: str) -> None:
     for key, error in errors.items():
         allowed = error_budget(baseline[key], DTYPES[dtype], _SUMMED if key in maps else mine.inputs[0].numel())
         _require(error <= allowed, mine, dtype, f"{key} of {type(mine.module).__name__}", error, allowed)
+
+
+def _check_block(mine: Case, dtype: str) -> None:
+    exact, plain = _references(mine)
+    expected = _joined(_run(exact, tuple(t.double() for t in mine.inputs), gradients=True))
+    errors = _errors(_joined(_run(mine, mine.inputs, gradients=True)), expected)
+    baseline = _errors(_joined(_run(plain, mine.inputs, gradients=True)), expected)
+    for key, error in errors.items():
+        allowed = error_budget(baseline[key], DTYPES[dtype], _SUMMED)
+        _require(error <= allowed, mine, dtype, f"{key} of ACmix", error, allowed)
 
 
 def _check_whole(case: Case, dtype: str) -> None:

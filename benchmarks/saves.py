@@ -24,7 +24,7 @@ from acmix.checkpoint.snapshot import Snapshot
 from acmix.checkpoint.store import CheckpointStore
 from acmix.errors import UserError
 from acmix.process.program import Arguments, run_program
-from benchmarks.report import machine_row
+from benchmarks.machine import machine_row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

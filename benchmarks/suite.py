@@ -1,19 +1,19 @@
-"""What the rows of the target table share: the conditions, the authors' code, the roof of the machine."""
+"""What the rows of the target table share: the conditions, the authors' code, what is already known of the machine."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from acmix import models
 from acmix.errors import UserError
-from benchmarks.cases import DTYPES, Case, Setting, build_case
-from benchmarks.measure import Result, measure
+from benchmarks.cases import Case, Setting, build_case
+from benchmarks.measure import Bench, Result
 from benchmarks.parity import ParityError
-from benchmarks.roofline import Roofline, measure_roofline
 from benchmarks.timing import Samples
 
 
@@ -21,9 +21,13 @@ class NotMeasuredError(Exception):
     """This machine or this call lacks what a target needs; the message says what."""
 
 
+class BrokenError(Exception):
+    """What was to be measured did not run; the message says how it ended."""
+
+
 @dataclass(frozen=True)
 class Figure:
-    """A measured ratio with the results it comes from; note: what else was seen on the way."""
+    """What was measured, with the results it comes from; note: what else was seen on the way."""
 
     value: Samples
     results: Sequence[Result] = ()
@@ -32,14 +36,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table: limit is the least ratio that meets it where at_least, else the greatest."""
+    """One row of the table: limit is the least figure that meets it where at_least, else the greatest.
+
+    measure is called for each of `threads`, numbers of CPU threads that have a column of their own.
+    """
 
     key: str
     what: str
     device: str
     limit: float
     at_least: bool
-    measure: Callable[["Suite"], Figure]
+    measure: Callable[["Suite", int], Figure]
+    threads: tuple[int, ...] = (1, 2)
 
     def __str__(self) -> str:
         return f"{'≥' if self.at_least else '≤'} {self.limit:g}"
@@ -55,27 +63,27 @@ class Suite:
     Args:
         authors: a clone of the authors' code, or None: rows that compare with it are then not measured.
         seconds: time spent on each side of each comparison, about.
-        rooflines: filled while running, by dtype.
+        bench: what the rows have proved and found out so far.
     """
 
     device: torch.device
     authors: Path | None
     seconds: float = 5.0
-    rooflines: dict[str, Roofline] = field(default_factory=dict)
+    bench: Bench = field(default_factory=Bench)
 
-    @cached_property
-    def setting(self) -> Setting:
-        """The targets' conditions: float32 on a CPU, bf16 and channels_last at batch 128 on a GPU."""
+    def setting(self, threads: int = 1, mode: str = "train", **changes: Any) -> Setting:
+        """The targets' conditions: on a CPU float32, batch 4 to train and 8 to infer; on a GPU bf16, channels_last and
+        batch 128."""
         if self.device.type == "cuda":
-            return Setting(self.device, "bf16", channels_last=True, batch_size=128, authors=self.authors)
-        return Setting(self.device, authors=self.authors)
+            common = Setting(self.device, "bf16", channels_last=True, batch_size=128, authors=self.authors)
+        else:
+            batch = 4 if mode == "train" else 8
+            common = Setting(self.device, batch_size=batch, threads=threads, authors=self.authors)
+        return replace(common, **changes)
 
-    def compare(self, setting: Setting, *subjects: str | Case) -> list[Result]:
-        """Measure subjects in turn; raises ParityError if one may not be timed."""
-        if setting.dtype not in self.rooflines:
-            self.rooflines[setting.dtype] = measure_roofline(self.device, DTYPES[setting.dtype])
-        cases = [build_case(subject, setting) if isinstance(subject, str) else subject for subject in subjects]
-        results = measure(cases, self.rooflines[setting.dtype], seconds=self.seconds)
+    def compare(self, *cases: Case, mode: str = "train", memory: bool = True) -> list[Result]:
+        """Measure cases in turn; raises ParityError if one may not be timed."""
+        results = self.bench.measure(cases, mode=mode, seconds=self.seconds, memory=memory)
         for result in results:
             if result.refused:
                 raise ParityError(result.refused)
@@ -110,3 +118,10 @@ def suite_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     return torch.device(name)
+
+
+def need_cores(count: int) -> None:
+    """Raises NotMeasuredError where this process may use fewer processor cores."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if usable < count:
+        raise NotMeasuredError(f"needs {count} cores, this process may use {usable}")

@@ -1,228 +1,125 @@
-"""The project's speed and memory targets, each measured beside what it is compared with."""
+"""The project's speed and memory targets: the rows of the table, each with what it is compared with."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from acmix.ops.native import cxx_compiler
-from benchmarks.cases import Case, build_case
-from benchmarks.measure import Result
-from benchmarks.parity import ParityError, check_parity
-from benchmarks.peak import peak_bytes
-from benchmarks.suite import Figure, NotMeasuredError, Suite, Target
-from benchmarks.timing import Samples
+from benchmarks.comparisons import (
+    attention_floor,
+    batch_per_gib,
+    block,
+    block_memory,
+    compiled_block,
+    compiled_network,
+    compiled_over_eager,
+    network,
+    scaling,
+    throughput,
+)
+from benchmarks.runs import first_step, quickstart_accuracy, quickstart_seconds, trainer
+from benchmarks.suite import Target
 
-GIB = 2**30
+_SHAPES = {"64x56": 30, "128x28": 25, "256x14": 16, "512x7": 7}  # of the blocks of a ResNet; least gain on the authors'
+_RATE = "{} training images/s / {}, 224², bf16, channels_last, batch 128"
+_MODES = {"train": "training", "infer": "inference"}
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cifar10"
+_NARROW = (str(_CONFIGS / "narrow_acmix_resnet26.yaml"), str(_CONFIGS / "narrow_resnet26.yaml"))
+_RESNETS = ("acmix_resnet26", "resnet26")
+_SWINS = ("acmix_swin_tiny", "swin_tiny_patch4_window7_224")
 
 
-def run_targets(
-    suite: Suite, report: Callable[[str], None], targets: Sequence[Target] | None = None
-) -> list[dict[str, Any]]:
-    """Measure the rows of the suite's device, each reported as it comes; they are in JSON's types, with `value`,
-    `not_measured` or `refused`."""
-    rows = []
-    for target in TARGETS if targets is None else targets:
-        if target.device == suite.device.type:
-            rows.append(_run(target, suite))
-            report(summary(rows[-1]))
+def _networks() -> list[Target]:
+    """ACmix networks against what they replace."""
+
+    def row(
+        key: str, what: str, limit: float, pair: tuple[str, str], mode: str, *, channels_last: bool = False, **how: Any
+    ) -> Target:
+        measured = partial(network, ours=pair[0], plain=pair[1], mode=mode, channels_last=channels_last, **how)
+        layout = ", channels_last" if channels_last else ""
+        key = f"{key}_{mode}{'_channels_last' if channels_last else ''}"
+        return Target(key, f"time of {what}, {_MODES[mode]}{layout}", "cpu", limit, False, measured)
+
+    resnet26, swin = "ACmix-ResNet-26 / resnet26", "ACmix-Swin-T / timm's Swin-T"
+    resnet50, narrow = "ACmix-ResNet-50 / resnet50", "narrow ACmix-ResNet-26 / its plain twin, 32², batch 64"
+    return [
+        row("resnet26", resnet26, 1.10, _RESNETS, "train", theirs="authors:resnet26"),
+        row("resnet26", resnet26, 1.10, _RESNETS, "train", channels_last=True),
+        *(row("resnet26", resnet26, 1.15, _RESNETS, "infer", channels_last=last) for last in (False, True)),
+        *(
+            row("resnet50", resnet50, 1.15, ("acmix_resnet50", "resnet50"), "infer", channels_last=last)
+            for last in (False, True)
+        ),
+        row("swin_tiny", swin, 1.10, _SWINS, "train", theirs="authors:swin_tiny"),
+        row("swin_tiny", swin, 1.10, _SWINS, "infer"),
+        *(
+            row("narrow", narrow, 1.3, _NARROW, "train", channels_last=last, image_size=32, batch_size=64)
+            for last in (False, True)
+        ),
+    ]
+
+
+def _compiled() -> list[Target]:
+    rows = [
+        Target(
+            "resnet26_compiled",
+            "time of ACmix-ResNet-26 / resnet26, training, both compiled",
+            "cpu",
+            1.10,
+            False,
+            partial(compiled_network, ours="acmix_resnet26", plain="resnet26"),
+            threads=(1,),
+        )
+    ]
+    for name, title in (("resnet26", "ACmix-ResNet-26"), ("swin_tiny", "ACmix-Swin-T")):
+        for mode, doing in _MODES.items():
+            measured = partial(compiled_over_eager, name=f"acmix_{name}", mode=mode)
+            what = f"time of {title} compiled / eager, {doing}"
+            rows.append(Target(f"{name}_compiled_over_eager_{mode}", what, "cpu", 1.0, False, measured, threads=(1,)))
     return rows
 
 
-def _run(target: Target, suite: Suite) -> dict[str, Any]:
-    row: dict[str, Any] = {"key": target.key, "what": target.what, "target": str(target)}
-    try:
-        figure = target.measure(suite)
-    except NotMeasuredError as reason:
-        return row | {"not_measured": str(reason)}
-    except ParityError as error:
-        return row | {"refused": str(error)}
-    met = target.met(figure.value.median)
-    row |= {"value": figure.value.median, "spread": figure.value.spread, "n": figure.value.n, "met": met}
-    return row | {"note": figure.note, "results": [result.as_dict() for result in figure.results]}
+def _parts() -> list[Target]:
+    """Operations and blocks, forward and backward, batch 4: over threads and against the authors'."""
+    rows = []
+    for part in ("attention", "shift_conv", "block"):
+        for shape in _SHAPES:
+            measured = partial(scaling, subject=f"{part}:{shape}")
+            what = f"{part} {shape}, time on 1 thread / on 2, the layout that gains less"
+            rows.append(Target(f"{part}_{shape}_scaling", what, "cpu", 1.7, True, measured, threads=(2,)))
+    for shape, limit in _SHAPES.items():
+        what = f"time of the authors' block {shape} / ours"
+        rows.append(Target(f"block_{shape}", what, "cpu", limit, True, partial(block, shape=shape)))
+    compiled, memory = partial(compiled_block, shape="64x56"), partial(block_memory, shape="64x56")
+    what = "time of the authors' block 64x56 / ours compiled"
+    rows.append(Target("block_64x56_compiled", what, "cpu", 20, True, compiled, threads=(1,)))
+    what = "peak memory of the authors' block 64x56 / ours, batch 8"
+    rows.append(Target("block_64x56_memory", what, "cpu", 7, True, memory, threads=(1,)))
+    return rows
 
 
-def summary(row: dict[str, Any]) -> str:
-    """A row in one line of text."""
-    if "value" not in row:
-        return f"{row['what']}: not measured here: {row.get('not_measured') or row.get('refused')}"
-    verdict = "met" if row["met"] else "missed"
-    return f"{row['what']}: {row['value']:.2f} ± {row['spread']:.2f} (n={row['n']}), target {row['target']}: {verdict}"
+def _runs() -> list[Target]:
+    return [
+        Target("trainer", "images/s of the trainer / of a bare loop", "cpu", 0.98, True, trainer),
+        Target("quickstart", "quickstart, wall seconds", "cpu", 75, False, quickstart_seconds, threads=(2,)),
+        Target("quickstart_top1", "quickstart, top-1 in percent", "cpu", 97, True, quickstart_accuracy, threads=(2,)),
+        Target("first_step", "seconds to the first step, warm", "cpu", 6, False, first_step, threads=(2,)),
+    ]
 
 
-def _time_ratio(numerator: Result, denominator: Result) -> Samples:
-    assert numerator.seconds is not None
-    assert denominator.seconds is not None
-    return numerator.seconds.over(denominator.seconds)
+def _gpu() -> list[Target]:
+    floor = "local attention 64x56 forward + backward, bf16, batch 128: time / memory floor"
+    batch = "ACmix-ResNet-50 images per GiB at 224², bf16: ours / the reference operation's"
+    resnets = partial(throughput, ours="acmix_resnet50", plain="torchvision:resnet50")
+    swins = partial(throughput, ours=_SWINS[0], plain=_SWINS[1])
+    resnet_rate = _RATE.format("ACmix-ResNet-50", "torchvision ResNet-50")
+    swin_rate = _RATE.format("ACmix-Swin-T", "timm Swin-T")
+    shape, name = partial(attention_floor, shape="64x56"), partial(batch_per_gib, name="acmix_resnet50")
+    return [
+        Target("resnet50", resnet_rate, "cuda", 0.6, True, resnets, threads=(1,)),
+        Target("attention_floor", floor, "cuda", 4, False, shape, threads=(1,)),
+        Target("swin_tiny_rate", swin_rate, "cuda", 0.95, True, swins, threads=(1,)),
+        Target("resnet50_batch", batch, "cuda", 8, True, name, threads=(1,)),
+    ]
 
 
-def _block(suite: Suite, shape: str) -> Figure:
-    theirs, ours = suite.with_authors(suite.setting, f"authors:block:{shape}", f"block:{shape}")
-    results = suite.compare(suite.setting, theirs, ours)
-    return Figure(_time_ratio(*results), results)
-
-
-def _compiled_block(suite: Suite, shape: str) -> Figure:
-    _need_compiler()
-    theirs, _ = suite.with_authors(suite.setting, f"authors:block:{shape}", f"block:{shape}")
-    ours = build_case(f"block:{shape}", replace(suite.setting, compile=True))
-    results = suite.compare(suite.setting, theirs, ours)
-    return Figure(_time_ratio(*results), results, "the authors' block eager, ours compiled")
-
-
-def _block_memory(suite: Suite, shape: str) -> Figure:
-    setting = replace(suite.setting, batch_size=8)
-    theirs, ours = suite.with_authors(setting, f"authors:block:{shape}", f"block:{shape}")
-    check_parity(ours)
-    peaks = []
-    for case in (theirs, ours):
-        case.train_step()
-        case.clear()
-        peaks.append(peak_bytes(case.train_step, suite.device))
-    note = f"{peaks[0] / 2**20:.0f} MiB against {peaks[1] / 2**20:.0f} MiB"
-    return Figure(Samples((peaks[0] / peaks[1],)), note=note)
-
-
-def _network(suite: Suite, ours: str, plain: str, theirs: str | None = None) -> Figure:
-    """Time of our training step over that of the plain network; the authors' beside them where there is a clone."""
-    subjects: list[str | Case] = [ours, plain]
-    if theirs is not None and suite.authors is not None:
-        subjects += [suite.with_authors(suite.setting, theirs, ours)[0]]
-    results = suite.compare(suite.setting, *subjects)
-    notes = [f"authors: {_time_ratio(result, results[1]).median:.2f}" for result in results[2:]]
-    return Figure(_time_ratio(*results[:2]), results, "; ".join(notes))
-
-
-def _compiled_network(suite: Suite, ours: str, plain: str) -> Figure:
-    _need_compiler()
-    setting = replace(suite.setting, compile=True)
-    cases = [build_case(ours, setting), build_case(plain, setting), build_case(plain, suite.setting)]
-    results = suite.compare(setting, *cases)
-    against_eager = _time_ratio(results[0], results[2]).median
-    note = f"both compiled; ours compiled over {plain} eager: {against_eager:.2f}"
-    return Figure(_time_ratio(*results[:2]), results, note)
-
-
-def _throughput(suite: Suite, ours: str, plain: str) -> Figure:
-    results = suite.compare(suite.setting, plain, ours)
-    rates = ", ".join(f"{result.case.label} {result.images_per_second:,.0f} images/s" for result in results)
-    return Figure(_time_ratio(*results), results, rates)
-
-
-def _attention_floor(suite: Suite, shape: str) -> Figure:
-    """Time over the time to move q, k, v and the output: each read or written once forward, and, backward, all read
-    again with the output's gradient, and three gradients written."""
-    (result,) = suite.compare(suite.setting, f"attention:{shape}")
-    assert result.seconds is not None
-    traffic = 3 * result.case.traffic
-    floor = traffic / suite.rooflines[suite.setting.dtype].copy
-    times = Samples(tuple(seconds / floor for seconds in result.seconds.values))
-    return Figure(times, [result], f"floor {floor * 1e3:.3f} ms for {traffic / GIB:.2f} GiB")
-
-
-def _batch_per_gib(suite: Suite, name: str) -> Figure:
-    """Images that fit a GiB, ours over the reference's: from the growth of the peak between two batch sizes, because
-    the weights' share says nothing about the largest batch."""
-    check_parity(build_case(name, replace(suite.setting, batch_size=2)))
-    growth = []
-    for impl, batch in (("reference", 4), ("auto", 32)):
-        peaks = []
-        for size in (batch, 2 * batch):
-            case = build_case(name, replace(suite.setting, batch_size=size), impl)
-            case.train_step()
-            case.clear()
-            peaks.append(peak_bytes(case.train_step, suite.device))
-        growth.append((peaks[1] - peaks[0]) / batch)
-    rates = [GIB / bytes_per_image for bytes_per_image in growth]
-    note = f"{rates[1]:.1f} images a GiB against {rates[0]:.1f}"
-    return Figure(Samples((growth[0] / growth[1],)), note=note)
-
-
-def _need_compiler() -> None:
-    if cxx_compiler() is None:
-        raise NotMeasuredError("torch.compile needs a C++ compiler")
-
-
-_SWIN = "swin_tiny_patch4_window7_224"
-_SPEEDUP = "block {} forward + backward, batch 4: authors' time / ours"
-_STEP = "{} training step: time / {}, 224², batch 4"
-_RATE = "{} training images/s / {}, 224², bf16, channels_last, batch 128"
-
-TARGETS: tuple[Target, ...] = (
-    *(
-        Target(f"block_{shape}", _SPEEDUP.format(shape), "cpu", limit, True, partial(_block, shape=shape))
-        for shape, limit in (("64x56", 14), ("128x28", 12), ("256x14", 12), ("512x7", 6))
-    ),
-    Target(
-        "block_64x56_compiled",
-        _SPEEDUP.format("64x56 compiled"),
-        "cpu",
-        20,
-        True,
-        partial(_compiled_block, shape="64x56"),
-    ),
-    Target(
-        "block_64x56_memory",
-        "block 64x56 peak memory, forward + backward, batch 8: authors' / ours",
-        "cpu",
-        7,
-        True,
-        partial(_block_memory, shape="64x56"),
-    ),
-    Target(
-        "resnet26",
-        _STEP.format("ACmix-ResNet-26", "timm resnet26"),
-        "cpu",
-        2.0,
-        False,
-        partial(_network, ours="acmix_resnet26", plain="resnet26", theirs="authors:resnet26"),
-    ),
-    Target(
-        "resnet26_compiled",
-        _STEP.format("ACmix-ResNet-26 compiled", "timm resnet26 compiled"),
-        "cpu",
-        1.5,
-        False,
-        partial(_compiled_network, ours="acmix_resnet26", plain="resnet26"),
-    ),
-    Target(
-        "swin_tiny",
-        _STEP.format("ACmix-Swin-T", "timm Swin-T"),
-        "cpu",
-        1.10,
-        False,
-        partial(_network, ours="acmix_swin_tiny", plain=_SWIN, theirs="authors:swin_tiny"),
-    ),
-    Target(
-        "resnet50",
-        _RATE.format("ACmix-ResNet-50", "torchvision ResNet-50"),
-        "cuda",
-        0.6,
-        True,
-        partial(_throughput, ours="acmix_resnet50", plain="torchvision:resnet50"),
-    ),
-    Target(
-        "attention_floor",
-        "local attention 64x56 forward + backward, bf16, batch 128: time / memory floor",
-        "cuda",
-        4,
-        False,
-        partial(_attention_floor, shape="64x56"),
-    ),
-    Target(
-        "swin_tiny_rate",
-        _RATE.format("ACmix-Swin-T", "timm Swin-T"),
-        "cuda",
-        0.95,
-        True,
-        partial(_throughput, ours="acmix_swin_tiny", plain=_SWIN),
-    ),
-    Target(
-        "resnet50_batch",
-        "ACmix-ResNet-50 images per GiB at 224², bf16: ours / the reference operation's",
-        "cuda",
-        8,
-        True,
-        partial(_batch_per_gib, name="acmix_resnet50"),
-    ),
-)
+TARGETS: tuple[Target, ...] = (*_networks(), *_compiled(), *_parts(), *_runs(), *_gpu())

@@ -12,6 +12,12 @@ Step = Callable[[], None]
 _MIN_SAMPLE = 0.03  # seconds: shorter steps are repeated within a sample, above the clock's and the caches' noise
 
 
+def use_threads(count: int) -> None:
+    """Let PyTorch, and the operations written in C++, compute on so many CPU threads from now on."""
+    if torch.get_num_threads() != count:  # to set it again is not free
+        torch.set_num_threads(count)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Figures that were measured n times, with median and spread (the distance between the quartiles)."""

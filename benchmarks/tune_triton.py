@@ -26,7 +26,8 @@ from acmix.ops.implementations import Window
 from acmix.ops.local_attention.triton.launch import Geometry
 from acmix.ops.local_attention.triton.tiles import Budget, Surroundings, forced_tile, shape_tile
 from acmix.process.program import FAILED, Arguments, run_program
-from benchmarks.report import machine_row, write_json
+from benchmarks.machine import machine_row
+from benchmarks.report import write_json
 from benchmarks.roofline import measure_roofline
 
 SHAPES = ((16, 56), (32, 28), (64, 14), (128, 7))  # head width, side of the map; 4 heads

@@ -11,6 +11,8 @@ from acmix import (
 )
 from acmix.layers import WindowAttention
 from acmix.ops.local_attention import dense, tiled
+from acmix.ops.local_mix import cpp as local_mix_cpp
+from acmix.ops.native import cxx_compiler
 from benchmarks.cases import Case, Setting, build_case
 from benchmarks.parity import ParityError, check_parity
 
@@ -81,3 +83,17 @@ def test_a_whole_network_passes_and_is_left_as_it_was() -> None:
     assert case.module.training
     assert all(parameter.grad is None for parameter in case.module.parameters())
     assert all(torch.equal(value, before[key]) for key, value in case.module.state_dict().items())
+
+
+@pytest.mark.skipif(cxx_compiler() is None, reason="without a C++ compiler the paths are computed one by one")
+def test_a_slip_in_the_gradients_of_both_paths_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = local_mix_cpp.backward
+
+    def broken(*args: Any) -> Any:
+        results = sound(*args)
+        results[0][0, 0, 0] *= 1.01  # of one pixel
+        return results
+
+    monkeypatch.setattr(local_mix_cpp, "backward", broken)
+    with pytest.raises(ParityError, match="gradients of ACmix"):
+        check_parity(build_case("acmix_resnet26", Setting(batch_size=2, image_size=64)))

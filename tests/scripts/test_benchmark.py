@@ -38,7 +38,7 @@ def test_implementations_are_timed_side_by_side(tmp_path: Path, capsys: pytest.C
     assert machine["device"]
     assert "torch" in machine["versions"]
     header = capsys.readouterr().out.splitlines()[0]
-    expected = "subject impl mode median ms spread n images/s peak MiB MMAC roofline time ratio"
+    expected = "subject impl mode median ms spread n images/s peak MiB GFLOP/s of roof time ratio"
     assert " ".join(header.split()) == expected
 
 
@@ -93,6 +93,8 @@ def test_the_authors_code_comes_from_a_clone(tmp_path: Path) -> None:
         (["authors:nosuch", "--authors", "/nowhere"], "choose one of"),
         (["--suite", "--out", "/proc/nowhere/deep"], "--out /proc/nowhere/deep: cannot write there: No such file"),
         (["block:16x8", "--json", "/proc/nowhere/x.json"], "--json /proc/nowhere/x.json: cannot write there"),
+        (["--suite", "--only", "nosuch*"], "no such row on this device"),
+        (["block:16x8", "--threads", "1,0"], "must be at least 1"),
     ],
 )
 def test_bad_usage_is_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
