@@ -1,8 +1,8 @@
 """Arithmetic of the ACmix block on tensors: sliding-window attention and the folded shift convolution."""
 
 from acmix.ops.local_attention import local_attention
-from acmix.ops.shift_conv import shift_conv
+from acmix.ops.shift_conv import grouped_conv, shift_conv
 
 from acmix.ops import counts  # isort: skip - it registers formulas for the operations defined above
 
-__all__ = ["counts", "local_attention", "shift_conv"]
+__all__ = ["counts", "grouped_conv", "local_attention", "shift_conv"]
