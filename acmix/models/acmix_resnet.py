@@ -19,6 +19,7 @@ from acmix.layers import ACmix, LocalAttention, path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.official import OfficialNames, register_official
+from acmix.models.pooling import MaxPool2d
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -155,7 +156,7 @@ class ACmixResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, width, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
+        self.maxpool = MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
         self.feature_info: list[dict[str, Any]] = [{"num_chs": width, "reduction": stride, "module": "act1"}]
 
     def _build_stages(

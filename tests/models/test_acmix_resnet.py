@@ -5,6 +5,7 @@ import timm
 import torch
 
 from acmix import models  # noqa: F401 - registers the networks
+from acmix.models.pooling import MaxPool2d
 
 SMALL = {"num_classes": 5, "base_width": 8}
 
@@ -39,3 +40,19 @@ def test_zero_init_last_starts_every_block_as_its_shortcut():
     block = model.layer3[1]
     x = torch.rand(1, 128, 8, 8)
     torch.testing.assert_close(block(x), x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 3)])
+def test_the_stems_pooling_is_pytorchs_to_the_last_bit_with_ties_and_nan(layout, size):
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).mul(2).round().relu()
+    x[0, 0, 0, 0] = torch.nan
+    grad = torch.randn(2, 3, *(-(-side // 2) for side in size))
+    results = []
+    for pool in (MaxPool2d(3, 2, 1), torch.nn.MaxPool2d(3, 2, 1)):
+        leaf = x.contiguous(memory_format=layout).requires_grad_()
+        out = pool(leaf)
+        out.backward(grad)
+        results.append([pool(leaf.detach()), out.detach(), leaf.grad])
+    assert results[0][0].stride() == results[1][0].stride()
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
