@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from acmix.layers.block import ACmix
+    from acmix.layers.inference import fuse
 
-__all__ = ["ACmix"]
+__all__ = ["ACmix", "fuse"]
 __version__ = "0.1.0"
 
 
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from acmix.layers.block import ACmix
 
         return ACmix
+    if name == "fuse":
+        from acmix.layers.inference import fuse
+
+        return fuse
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -196,7 +196,8 @@ class WindowAttention(DerivedBuffers, AttentionPath):
             # The CPU's fused kernel has no gradient for the bias, and its fallback takes a third longer than this.
             out = ((q * self.head_dim**-0.5) @ k.mT).add_(bias).softmax(-1) @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            # of four dimensions: the CPU's fused kernel takes no mask of three
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
         return self._from_windows(out, height, width)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -251,7 +252,7 @@ class WindowAttention(DerivedBuffers, AttentionPath):
     def _from_windows(self, windows: Tensor, height: int, width: int) -> Tensor:
         """Undo `_to_windows`: (B, N * d, H, W), a channels_last view."""
         rows, columns = self.window_size
-        x = windows.view(-1, height // rows, width // columns, self.heads, rows, columns, self.head_dim)
+        x = windows.reshape(-1, height // rows, width // columns, self.heads, rows, columns, self.head_dim)
         return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, self.heads * self.head_dim).permute(0, 3, 1, 2)
 
     def _make_mask(self, height: int, width: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from acmix.layers.derived import DerivedBuffers
 from acmix.layers.path import ParityCase, Path, strided_numel
-from acmix.ops import shift_conv
+from acmix.ops import grouped_conv, shift_conv
 from acmix.ops.implementations import Window
 from acmix.ops.shift_conv import fold
 
@@ -34,8 +34,8 @@ class ShiftConv(DerivedBuffers, Path):
             `learned`: the same convolution, trained from the one-hot shifts (the paper's choice);
             `full`: no fully connected layer; one trained grouped convolution straight from the 3N maps to the N.
         bias: Whether the fully connected layer has a bias (it has in Swin, not in ResNet; `full` has none).
-        impl: Implementation of `acmix.ops.shift_conv`. The kinds `shift` and `full`, which do not use it, have two:
-            `reference`, and the one that runs for every other name.
+        impl: Implementation of `acmix.ops.shift_conv`, and of `grouped_conv` for `full`. The kind `shift`, which uses
+            neither, has two: `reference`, and the one that runs for every other name.
 
     Raises:
         ValueError: for an unknown kind or an even kernel size.
@@ -95,7 +95,7 @@ class ShiftConv(DerivedBuffers, Path):
         The result has the shape (B, N * d, ceil(H / stride), ceil(W / stride)) and channels (head_dim, head).
         """
         if self.kind == "full":
-            out = self._convolve(q, k, v, scale * self.weight)
+            out = self._convolve(q, k, v, scale * self.weight, self.impl)
         else:
             fc_weight = scale * self.fc_weight
             fc_bias = None if self.fc_bias is None else scale * self.fc_bias
@@ -124,7 +124,7 @@ class ShiftConv(DerivedBuffers, Path):
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`acmix.ops.reference.shift_conv`, with one-hot kernels for tensor shifts; `full`: the convolution itself."""
         if self.kind == "full":
-            return self._convolve(q, k, v, self.weight)
+            return self._convolve(q, k, v, self.weight, "reference")
         if self.kind == "shift":
             shift_weight = one_hot_shifts(self.heads * self.head_dim, self.kernel_size).to(self.fc_weight)
         else:
@@ -160,11 +160,8 @@ class ShiftConv(DerivedBuffers, Path):
             q, k, v, fc_weight, shift_weight, fc_bias=fc_bias, stride=stride, dilation=dilation, impl=impl
         )
 
-    def _convolve(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        maps = torch.cat([m.unflatten(1, (self.heads, self.head_dim)) for m in (q, k, v)], 1)  # (B, 3N, d, H, W)
-        maps = maps.transpose(1, 2).flatten(1, 2)
-        padding = self.dilation * (self.kernel_size // 2)
-        return F.conv2d(maps, weight, None, self.stride, padding, self.dilation, groups=self.head_dim)
+    def _convolve(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, impl: str) -> Tensor:
+        return grouped_conv(q, k, v, weight, stride=self.stride, dilation=self.dilation, impl=impl)
 
     def _shift(self, q: Tensor, k: Tensor, v: Tensor, fc_weight: Tensor, fc_bias: Tensor | None) -> Tensor:
         height, width = q.shape[-2:]

@@ -37,6 +37,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion = 4
+    conv_norms = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))  # for acmix.fuse
 
     def __init__(
         self,
@@ -104,6 +105,8 @@ class ACmixResNet(nn.Module):
         ValueError: for arguments that do not fit together; at the call, for an image so small that a stage's map is not
             larger than kernel_att // 2.
     """
+
+    conv_norms = (("conv1", "bn1"),)  # for acmix.fuse
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ Paper: On the Integration of Self-Attention and Convolution, CVPR 2022, https://
 network around the block is Swin Transformer, https://arxiv.org/abs/2103.14030.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +19,14 @@ from torch import Tensor, nn
 
 from acmix.layers import ACmix, WindowAttention, path_weights
 from acmix.layers.fixed_size import with_fixed_size
+from acmix.layers.plain import is_observed, is_plain
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.official import OfficialNames, register_official
 from acmix.models.windows import resize_bias_table, set_windows
+from acmix.ops.implementations import transformed
+
+HIDDEN_VALUES = 150_000  # of a perceptron that are computed at a time in inference; measured
 
 
 class SwinBlock(nn.Module):
@@ -61,6 +66,7 @@ class SwinBlock(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
+        self.mlp_ratio = mlp_ratio
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,7 +79,28 @@ class SwinBlock(nn.Module):
         if rows or columns:
             mixed = torch.roll(mixed, (rows, columns), (1, 2))
         x = x + self.drop_path(self.proj_drop(mixed))
+        if rows := self._rows_in_part(x):
+            for part in x.view(-1, x.shape[-1]).split(rows):
+                part += self.mlp(self.norm2(part))
+            return x
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _rows_in_part(self, x: Tensor) -> int:
+        """How many pixels the perceptron takes at a time in inference on a CPU; 0 for all at once.
+
+        The hidden values of a part, four times as many as those of the map, stay in the cache. A part of fewer rows
+        than columns would read the matrices too often.
+        """
+        if torch.is_grad_enabled() or self.training or x.device.type != "cpu" or not is_plain(self.mlp, Mlp):
+            return 0
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+            return 0
+        if any(is_observed(part) for part in (self.norm2, *self.mlp.children())):
+            return 0
+        pixels, channels = math.prod(x.shape[:3]), x.shape[-1]
+        hidden = int(channels * self.mlp_ratio)
+        rows = HIDDEN_VALUES // hidden
+        return rows if pixels > 4 * rows and rows >= channels and x.is_contiguous() else 0
 
     def set_windows(
         self, window_size: tuple[int, int], shift_size: tuple[int, int], resolution: tuple[int, int]

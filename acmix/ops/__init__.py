@@ -2,8 +2,8 @@
 
 from acmix.ops.local_attention import local_attention
 from acmix.ops.local_mix import local_mix, local_mix_refusal
-from acmix.ops.shift_conv import shift_conv
+from acmix.ops.shift_conv import grouped_conv, shift_conv
 
 from acmix.ops import counts  # isort: skip - it registers formulas for the operations defined above
 
-__all__ = ["counts", "local_attention", "local_mix", "local_mix_refusal", "shift_conv"]
+__all__ = ["counts", "grouped_conv", "local_attention", "local_mix", "local_mix_refusal", "shift_conv"]

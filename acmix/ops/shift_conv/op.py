@@ -84,6 +84,40 @@ def fold(fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
         return torch.einsum("oiyx,im->omyx", shift_weight, fc_weight)
 
 
+def grouped_conv(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, impl: str = "auto"
+) -> Tensor:
+    """What `shift_conv` folds into: one grouped convolution from the 3N maps to N, with a kernel of its own each.
+
+    Args:
+        q, k, v: Maps (B, N*d, H, W), channels (head, head_dim), any strides.
+        weight: (N*d, 3N, k, k): rows (head_dim, head), d groups; columns in the order q, k, v, heads within.
+        stride, dilation: Of the convolution; its padding is dilation * (k // 2), zeros.
+        impl: As for `shift_conv`; `unfolded` and `reference`, which have nothing to fold, are PyTorch's convolution.
+
+    Returns:
+        (B, N*d, ceil(H / stride), ceil(W / stride)), channels (head_dim, head).
+
+    Raises:
+        ValueError: for shapes that do not fit together, an even k, an unknown impl, or an impl that cannot run here.
+    """
+    if (dtype := autocast_dtype(q)) is not None:
+        q, k, v = cast_maps(dtype, q, k, v)
+        with without_autocast(q):
+            return grouped_conv(q, k, v, weight, stride=stride, dilation=dilation, impl=impl)
+    check_maps(q, k, v)
+    window = Window(weight.shape[-1], stride, dilation)
+    if weight.shape[0] != q.shape[1] or weight.shape[1] % 3 or q.shape[1] % max(1, weight.shape[1] // 3):
+        raise ValueError(
+            f"weight must be (channels, 3 * heads, k, k), got {tuple(weight.shape)} for {q.shape[1]} channels"
+        )
+    choice = SHIFT_CONV.resolve(impl, Problem.of(q, weight.shape[1] // 3, window))
+    weight = weight.to(q.dtype)
+    if choice in ("reference", "unfolded"):
+        return convolve_plain(q, k, v, weight, stride, dilation)
+    return _convolve(q, k, v, weight, window, choice)
+
+
 def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, impl: str) -> Tensor:
     """The folded convolution itself: maps (B, N*d, H, W), weight (N*d, 3N, k, k), rows (head_dim, head), d groups."""
     if impl == "dense":
