@@ -60,10 +60,11 @@ def test_the_memory_format_changes_no_value(loader: str, make_config: MakeConfig
 @pytest.mark.parametrize("loader", ["workers", "resident"])
 def test_batches_ahead_on_a_gpu_are_those_of_the_cpu(loader: str, make_config: MakeConfig) -> None:
     device = torch.device("cuda")
-    train = build_data(make_config(**SETTINGS, data__loader=loader, data__num_workers=1)).train
+    config = make_config(**SETTINGS, data__loader=loader, data__num_workers=1)
+    train, again = build_data(config).train, build_data(config).train
     for channels_last in (False, True):
         ahead = on_device(train.epoch(0), device, channels_last=channels_last)
-        for (mine,), (theirs,) in zip(ahead, train.epoch(0), strict=True):
+        for (mine,), (theirs,) in zip(ahead, again.epoch(0), strict=True):
             assert mine.images.device.type == mine.targets.device.type == "cuda"
             assert torch.equal(mine.images.cpu(), theirs.images)
             assert torch.equal(mine.targets.cpu(), theirs.targets)
