@@ -79,6 +79,7 @@ VERDICTS: dict[str, Verdict] = {
     "data.mean": _IMAGES,
     "data.std": _IMAGES,
     "data.interpolation": _IMAGES,
+    "data.decoder": _IMAGES,
     "data.crop_pct": _SCORES,
     "data.repeated_aug": Verdict("fixed"),
     "data.on_error": _FREE,

@@ -103,6 +103,9 @@ class DataConfig(_Section):
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
     """How images are resized."""
 
+    decoder: Literal["auto", "pillow", "draft", "simplejpeg"] = "auto"
+    """JPEG decoder; auto: simplejpeg, else Pillow's draft mode, with the same pixels; pillow: at full size only."""
+
     crop_pct: Share = 0.875
     """Share of the resized image that the centre crop keeps in validation; up to image_size 64: all of it."""
 

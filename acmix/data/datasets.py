@@ -53,6 +53,21 @@ class Source(Protocol):
         """Where the image is and its class, for messages."""
 
 
+class FileBacked(Source, Protocol):
+    """A source whose images are files, which can also be had as they are."""
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The bytes of an image file and the class index. Raises acmix.data.images.BadImage."""
+
+
+def as_files(source: Source) -> FileBacked | None:
+    """The source where it can `read` files, else None."""
+    innermost: Source = source
+    while isinstance(innermost, Renumbered):
+        innermost = innermost.source
+    return source if hasattr(innermost, "read") else None  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Mean and standard deviation by which the channels are normalised: of R, G, B in 0..1, or of grey alone."""

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from acmix.config import Config
 from acmix.data.classes import present_classes
 from acmix.data.datasets import Source, build_sources, build_val_source, statistics_of
 from acmix.data.images import BadImage
+from acmix.data.pictures import Picture, choose_decoder, with_decoder
 from acmix.data.sampler import BatchPlan, TrainOrder, val_plans
 from acmix.data.seeding import preserved_generators, seed_generators, stream_seed
 from acmix.data.transforms import Transform, build_train_transform, build_val_transform
@@ -54,7 +56,7 @@ class BatchReader(Dataset):
     """
 
     def __init__(self, source: Source, transform: Transform, config: Config, seed: int | None) -> None:
-        self._source = source
+        self._source = with_decoder(source, choose_decoder(config.data.decoder))
         self._transform = transform
         self._shape = (config.model.in_chans, *config.data.size)
         self._seed = seed
@@ -85,20 +87,21 @@ class BatchReader(Dataset):
         return read
 
     def _fill(self, read: _Read, plan: BatchPlan) -> None:
-        image, target, loaded = None, 0, -1
+        image: Image.Image | Picture | None = None
+        target, loaded = 0, -1
         for i, (index, repeat) in enumerate(zip(plan.indices.tolist(), plan.repeats.tolist(), strict=True)):
             try:
                 if index != loaded:  # the copies of repeated augmentation follow one another
                     image, target = self._source.load(index)
                     loaded = index
+                assert image is not None
+                if self._seed is not None:
+                    seed_generators(stream_seed("augment", self._seed, plan.epoch, index, repeat))
+                read.images[i] = self._transform(image)
             except BadImage as error:
                 loaded = -1
                 read.errors.append(f"{self._source.describe(index)}: {error.reason}")
                 continue
-            assert image is not None
-            if self._seed is not None:
-                seed_generators(stream_seed("augment", self._seed, plan.epoch, index, repeat))
-            read.images[i] = self._transform(image)
             read.targets[i] = target
             read.valid[i] = True
 

@@ -45,10 +45,15 @@ class TarSource:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Decoded RGB image and class index. Raises BadImage."""
+        data, target = self.read(index)
+        return decode_image(data), target
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The bytes of the member and class index. Raises BadImage."""
         tar, offset, size = (int(value) for value in self._places[index])
         if size > MAX_FILE_BYTES:
             raise BadImage("bomb", f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
-        return decode_image(_read_at(self._tars[tar], offset, size)), int(self.targets[index])
+        return _read_at(self._tars[tar], offset, size), int(self.targets[index])
 
     def describe(self, index: int) -> str:
         """Tar, member and class, for messages."""
