@@ -75,6 +75,8 @@ VERDICTS: dict[str, Verdict] = {
     "data.batch_size": _DATA,
     "data.val_batch_size": _FREE,
     "data.num_workers": _FREE,
+    "data.cache_dir": _FREE,
+    "data.cache_size": _FREE,
     "data.download": _FREE,
     "data.mean": _IMAGES,
     "data.std": _IMAGES,

@@ -26,6 +26,8 @@ from acmix.data.classes import (
 )
 from acmix.data.folders import FolderSource, has_class_folders, some
 from acmix.data.labels import Warn, labelled_source
+from acmix.data.remote import is_address, open_remote
+from acmix.data.shards import open_prepared
 from acmix.data.tars import shard_source, tar_source
 from acmix.errors import UserError
 
@@ -173,8 +175,11 @@ def open_tar(data: DataConfig, split: str) -> Source:
 
 
 def open_shards(data: DataConfig, split: str) -> Source:
-    """WebDataset shards."""
-    return shard_source(data_root(data), split)
+    """WebDataset shards: prepared ones by their manifest, others by a look at every member."""
+    if is_address(data.root):
+        return open_remote(data, split)
+    root = data_root(data)
+    return open_prepared(root, split) or shard_source(root, split)
 
 
 def _open_split(config: Config, role: Role, known: Sequence[str] | None, warn: Warn) -> Source:

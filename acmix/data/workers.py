@@ -1,9 +1,6 @@
 """Loader processes: how they start and end, which signals they ignore, and what is reported when one dies."""
 
-import ctypes
-import os
 import signal
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -14,11 +11,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from acmix.config import Config
+from acmix.data.orphans import die_with_parent
 from acmix.data.sampler import BatchPlan
 from acmix.errors import UserError
 
 _JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1
 _MEMORY = (
     "Likely causes: the machine ran out of memory (the kernel's log says so), or /dev/shm is full or too small. Lower "
     "data.num_workers, data.prefetch_factor or data.batch_size, or give the container more shared memory (docker "
@@ -124,11 +121,7 @@ def _start_worker(_: int) -> None:
     for number in _JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the request was made
-            os._exit(1)
+    die_with_parent()
 
 
 @contextmanager
