@@ -16,17 +16,18 @@ from acmix.data.images import BadImage
 from acmix.data.shards import MANIFEST, Manifest, PreparedSource, ShardFile, Split, find_split, sha256_of
 from acmix.errors import UserError
 
-ATTEMPTS = 5
+ATTEMPTS = 7
 """Tries without any progress before a transfer is given up."""
 
 FIRST_WAIT = 1.0
-"""Seconds before the second try; each further wait is twice as long."""
+"""Seconds before the second try; each further wait is twice as long: a minute in all."""
 
 _TIMEOUT = 30.0
 _BLOCK = 1 << 20
 _MANIFEST_LIMIT = 1 << 28
 _GONE = (401, 403, 404, 410)
 _TOUCH_SECONDS = 60.0
+_REST_SECONDS = 60.0
 
 
 class FetchError(Exception):
@@ -124,6 +125,7 @@ class Server:
     address: str
     cache: Cache
     _used: dict[str, float] = field(default_factory=dict)
+    _failed: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def name(self, file: ShardFile) -> str:
         """Address of the file."""
@@ -132,10 +134,14 @@ class Server:
     def path(self, file: ShardFile) -> str:
         """Path of the file in the cache, fetched first where it is not there. Raises BadImage."""
         path, now = self.cache.path(file), time.monotonic()
+        since, reason = self._failed.get(file.sha256, (-_REST_SECONDS, ""))
+        if now - since < _REST_SECONDS:  # the other images of a shard need not wait for every attempt once more
+            raise BadImage("unreadable", reason)
         if now - self._used.get(file.sha256, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
             try:
                 self._provide(file, path)
             except FetchError as error:
+                self._failed[file.sha256] = time.monotonic(), str(error)
                 raise BadImage("unreadable", str(error)) from None
             except OSError as error:
                 raise BadImage("unreadable", f"{path}: {error.strerror or error}") from None
@@ -144,7 +150,8 @@ class Server:
 
     def renew(self, file: ShardFile) -> bool:
         """Throw away a copy that is not what it should be, so that the next `path` fetches another."""
-        self._used.pop(file.sha256, None)
+        if self._used.pop(file.sha256, None) is None:  # there was no copy
+            return False
         path = self.cache.path(file)
         with suppress(OSError):
             if sha256_of(path) != file.sha256:
