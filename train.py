@@ -77,8 +77,9 @@ def train(config: "Config", choice: "RunChoice", signals: StopSignals, *, dry_ru
             signals.begin()
         set_up_torch(config.run, dist.device)
         snapshot = session.load()
-        classes = classes_to_keep(config, snapshot)
-        data = dist.all_or_none(lambda: build_data(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
+        classes, ranks = classes_to_keep(config, snapshot), {"rank": dist.rank, "world_size": dist.world_size}
+        data = dist.all_or_none(lambda: build_data(session.config, **ranks, classes=classes))
+        config = session.settle(data.loader)
         model = dist.all_or_none(build_model)
         mixing = build_mixup(config, data.num_classes)
         learner = dist.all_or_none(lambda: Learner(config, model, dist, data.train, mixing=mixing))

@@ -35,6 +35,16 @@ def path_argument(text: str) -> Path:
     return Path(expand_path(text, text))
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $ACMIX_CACHE, or ~/.cache/acmix, made for its user alone where missing.
+
+    Raises OSError.
+    """
+    folder = Path(os.environ.get("ACMIX_CACHE") or Path.home() / ".cache" / "acmix")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
 def missing_path_hint(path: str | Path) -> str:
     """What to do about a path that does not exist: download what it names, or take the most similar name there is.
 

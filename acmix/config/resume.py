@@ -74,6 +74,7 @@ VERDICTS: dict[str, Verdict] = {
     "data.image_size": Verdict("fits", "images and evaluations differ from here on"),
     "data.batch_size": _DATA,
     "data.val_batch_size": _FREE,
+    "data.loader": Verdict("free", "the images are augmented by other random numbers from here on"),
     "data.num_workers": _FREE,
     "data.cache_dir": _FREE,
     "data.cache_size": _FREE,
@@ -148,15 +149,37 @@ VERDICTS: dict[str, Verdict] = {
 }
 
 
+_BEFORE_THE_KEY = {"data.loader": "workers", "data.decoder": "pillow"}
+"""What runs did that are older than a key, where that is not its default."""
+
+
+def settled(config: Config, saved: Mapping[str, Any] | None) -> Config:
+    """The config with each `auto` as what the checkpoint to continue was made with; `saved` is its config."""
+    if saved is None:
+        return config
+    before, values = saved.get("data", {}), {}
+    for name, oldest in _BEFORE_THE_KEY.items():
+        key = name.removeprefix("data.")
+        if getattr(config.data, key) == "auto":
+            values[key] = before.get(key, oldest)
+    return config.model_copy(update={"data": config.data.model_copy(update=values)})
+
+
+def with_loader(config: Config, loader: str) -> Config:
+    """The config with another value of `data.loader`."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
+
+
 def changed_keys(saved: Mapping[str, Any] | None, config: Config) -> Changes:
     """The keys whose value is not the one that a checkpoint was made with; those below `kwargs` one by one.
 
     `saved` is the config as the checkpoint records it; None, of one that does not, tells of no change. Keys that it
-    lacks, because it is older, had their default; keys that the schema no longer has are left out.
+    lacks, because it is older, had their default, or did what `_BEFORE_THE_KEY` says; keys that the schema no longer
+    has are left out. `auto` changes nothing.
     """
     if saved is None:
         return {}
-    now = config.model_dump(mode="json")
+    now = settled(config, saved).model_dump(mode="json")
     changes: Changes = {}
     for section, info in Config.model_fields.items():
         fields = info.annotation.model_fields  # type: ignore[union-attr]
@@ -165,7 +188,8 @@ def changed_keys(saved: Mapping[str, Any] | None, config: Config) -> Changes:
             name, new = f"{section}.{key}", now[section][key]
             if key not in before and field.is_required():
                 continue
-            old: Any = before[key] if key in before else _as_json(field.get_default())
+            default = _BEFORE_THE_KEY.get(name, _as_json(field.get_default()))
+            old: Any = before.get(key, default)
             pairs = _entries(name, old, new) if key == "kwargs" else [(name, old, new)]
             changes.update({path: (a, b) for path, a, b in pairs if a != b and VERDICTS[name].kind != "place"})
     return changes

@@ -88,8 +88,11 @@ class DataConfig(_Section):
     val_batch_size: Positive | None = None
     """The same in validation; null: batch_size."""
 
-    num_workers: Annotated[int, Field(ge=0, le=1024)] = 4
-    """Loader processes; 0: the training process loads the images itself."""
+    loader: Literal["auto", "workers", "resident"] = "auto"
+    """workers: read anew in each epoch; resident: decoded once, kept in memory; auto: resident where that can be."""
+
+    num_workers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
+    """Loader processes; 0: the training process loads the images itself; auto: by the cores there are."""
 
     cache_dir: PathText | None = None
     """For shards on a web server: folder that keeps them; null: $ACMIX_CACHE/shards or ~/.cache/acmix/shards."""

@@ -1,115 +1,61 @@
 """Batches for training and validation: `build_data(config)`."""
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import Dataset
+from typing import Protocol
 
 from acmix.config import Config
+from acmix.data.batch import Batch, Normaliser
 from acmix.data.classes import present_classes
-from acmix.data.datasets import Source, build_sources, build_val_source, statistics_of
-from acmix.data.images import BadImage
-from acmix.data.pictures import Picture, choose_decoder, with_decoder
+from acmix.data.datasets import Source, Statistics, build_sources, build_val_source, statistics_of
+from acmix.data.decoded import LIMIT
+from acmix.data.reader import BatchReader
+from acmix.data.resident import Kind, hold_resident
 from acmix.data.sampler import BatchPlan, TrainOrder, val_plans
-from acmix.data.seeding import preserved_generators, seed_generators, stream_seed
-from acmix.data.transforms import Transform, build_train_transform, build_val_transform
-from acmix.data.workers import WorkerPool, in_worker, share_memory
+from acmix.data.transforms import PixelTransform, build_train_pixels, build_val_pixels
+from acmix.data.workers import WorkerPool, worker_count
 from acmix.errors import UserError
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Images of one forward pass on one process.
+class Images(Protocol):
+    """Where a training loader has its batches from."""
 
-    Where an image cannot be read, `valid` is False and the loss leaves it out; its place holds a copy of another
-    image of the batch with that image's target, so that shapes stay and batch norm and mixup see a real image.
-    `ids` are indices into the dataset, also of the unreadable images.
-    """
+    kind: Kind
 
-    images: torch.Tensor  # (B, C, H, W) float32, normalised; C is 3, or 1 for grey
-    targets: torch.Tensor  # (B,) int64
-    ids: torch.Tensor  # (B,) int64
-    valid: torch.Tensor  # (B,) bool
-    errors: list[str]  # one message for each image left out
+    def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]: ...
 
 
-class _Read(NamedTuple):
-    """A batch as a worker returns it. Only the images are a tensor, because each tensor costs a file descriptor."""
+class WorkerImages:
+    """Images that loader processes read anew each time."""
 
-    images: torch.Tensor
-    targets: np.ndarray
-    ids: np.ndarray
-    valid: np.ndarray
-    errors: list[str]
-    fatal: str | None
+    kind: Kind = "workers"
 
-
-class BatchReader(Dataset):
-    """BatchPlan → decoded, augmented images.
-
-    The augmentation of an image is seeded from (seed, epoch, index, repeat); with seed None nothing is seeded.
-    """
-
-    def __init__(self, source: Source, transform: Transform, config: Config, seed: int | None) -> None:
-        self._source = with_decoder(source, choose_decoder(config.data.decoder))
-        self._transform = transform
-        self._shape = (config.model.in_chans, *config.data.size)
-        self._seed = seed
-
-    def __getitem__(self, plan: BatchPlan) -> _Read:
-        count = len(plan.indices)
-        read = _Read(
-            images=torch.zeros(count, *self._shape),
-            targets=np.zeros(count, dtype=np.int64),
-            ids=plan.indices,
-            valid=np.zeros(count, dtype=bool),
-            errors=[],
-            fatal=None,
+    def __init__(
+        self,
+        source: Source,
+        transform: PixelTransform,
+        config: Config,
+        normaliser: Normaliser,
+        seed: int | None,
+        most: int | None = None,
+    ) -> None:
+        workers = worker_count(config)
+        self._normaliser = normaliser
+        self.pool = WorkerPool(
+            BatchReader(source, transform, config, seed), config, workers if most is None else min(workers, most)
         )
-        try:
-            if in_worker():
-                # here, because an error when the batch is sent would be lost in a background thread
-                share_memory(read.images)
-            with nullcontext() if in_worker() else preserved_generators():
-                self._fill(read, plan)
-        except UserError as error:  # an exception that crosses processes would arrive wrapped in a traceback
-            return read._replace(images=torch.empty(0), fatal=str(error))
-        if not read.valid.all() and read.valid.any():
-            donor = int(read.valid.argmax())
-            missing = np.flatnonzero(~read.valid)
-            read.images[torch.from_numpy(missing)] = read.images[donor].clone()
-            read.targets[missing] = read.targets[donor]
-        return read
 
-    def _fill(self, read: _Read, plan: BatchPlan) -> None:
-        image: Image.Image | Picture | None = None
-        target, loaded = 0, -1
-        for i, (index, repeat) in enumerate(zip(plan.indices.tolist(), plan.repeats.tolist(), strict=True)):
-            try:
-                if index != loaded:  # the copies of repeated augmentation follow one another
-                    image, target = self._source.load(index)
-                    loaded = index
-                assert image is not None
-                if self._seed is not None:
-                    seed_generators(stream_seed("augment", self._seed, plan.epoch, index, repeat))
-                read.images[i] = self._transform(image)
-            except BadImage as error:
-                loaded = -1
-                read.errors.append(f"{self._source.describe(index)}: {error.reason}")
-                continue
-            read.targets[i] = target
-            read.valid[i] = True
+    def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
+        """The batches of the plans, in order. Raises UserError when a worker dies."""
+        for read in self.pool.run(plans):
+            yield read.batch(self._normaliser)
 
 
 class TrainLoader:
     """The training epochs of one process of several."""
 
-    def __init__(self, source: Source, transform: Transform, config: Config, rank: int, world_size: int) -> None:
+    def __init__(self, source: Source, config: Config, statistics: Statistics, rank: int, world_size: int) -> None:
         self.order = TrainOrder(
             length=len(source),
             batch_size=config.data.batch_size,
@@ -118,14 +64,15 @@ class TrainLoader:
             repeated_aug=config.data.repeated_aug,
             seed=config.run.seed,
         )
-        self._source = source
         self._rank = rank
         self._raises = config.data.on_error == "raise"
-        reader = BatchReader(source, transform, config, config.run.seed)
-        self._pool = WorkerPool(reader, config)
+        normaliser = Normaliser(statistics)
+        self.images: Images = hold_resident(source, config, normaliser) or WorkerImages(
+            source, build_train_pixels(config, statistics), config, normaliser, config.run.seed
+        )
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self.order.length
 
     @property
     def updates_per_epoch(self) -> int:
@@ -144,31 +91,38 @@ class TrainLoader:
         `data.on_error` is skip, and when a worker dies.
         """
         update: list[Batch] = []
-        for read in self._pool.run(self.order.plans(epoch, self._rank, start_update)):
-            if read.errors and self._raises and not read.fatal:
-                raise UserError(f"{_unreadable(read)}, or train without it by data.on_error=skip")
-            update.append(_batch(read))
+        for batch in self.images.batches(self.order.plans(epoch, self._rank, start_update)):
+            if batch.errors and self._raises:
+                raise UserError(f"{_unreadable(batch)}, or train without it by data.on_error=skip")
+            update.append(batch)
             if len(update) == self.order.accumulate:
                 yield update
                 update = []
 
 
 class ValLoader:
-    """One process's share of the validation images; over all processes each image comes once."""
+    """One process's share of the validation images; over all processes each image comes once.
 
-    def __init__(self, source: Source, transform: Transform, config: Config, rank: int, world_size: int) -> None:
+    With `keep`, images that take little memory are decoded in the first pass and kept for the next.
+    """
+
+    def __init__(
+        self, source: Source, config: Config, statistics: Statistics, rank: int, world_size: int, *, keep: bool = False
+    ) -> None:
         self.classes = source.classes
         self.present = present_classes(source)
         """Indices of the classes that may have images here, ascending."""
-        self._source = source
-        batch_size = config.data.val_batch_size or config.data.batch_size
-        self._plans = val_plans(len(source), batch_size, rank, world_size)
-        reader = BatchReader(source, transform, config, None)
-        self._pool = WorkerPool(reader, config, most=len(self._plans))
+        self._length = len(source)
+        self._plans = val_plans(len(source), config.data.val_batch_size or config.data.batch_size, rank, world_size)
+        self.images = WorkerImages(
+            source, build_val_pixels(config), config, Normaliser(statistics), None, most=len(self._plans)
+        )
+        self._keep = keep and len(source) * config.model.in_chans * math.prod(config.data.size) <= LIMIT
+        self._kept: list[Batch] = []
 
     def __len__(self) -> int:
         """Images over all processes."""
-        return len(self._source)
+        return self._length
 
     @property
     def batches(self) -> int:
@@ -176,10 +130,19 @@ class ValLoader:
         return len(self._plans)
 
     def __iter__(self) -> Iterator[Batch]:
-        for read in self._pool.run(iter(self._plans)):
-            if read.errors and not read.fatal:
-                raise UserError(f"{_unreadable(read)}; validation counts every image")
-            yield _batch(read)
+        if self._kept:
+            yield from map(Batch.again, self._kept)
+            return
+        kept = []
+        for batch in self.images.batches(iter(self._plans)):
+            if batch.errors:
+                raise UserError(f"{_unreadable(batch)}; validation counts every image")
+            if self._keep:
+                kept.append(batch.copy())
+            yield batch
+        if self._keep:
+            self._kept = kept
+            self.images.pool.close()
 
 
 @dataclass(frozen=True)
@@ -192,6 +155,11 @@ class Data:
     classes: list[str]
     train: TrainLoader
     val: ValLoader
+
+    @property
+    def loader(self) -> Kind:
+        """What `data.loader: auto` came to."""
+        return self.train.images.kind
 
     @property
     def num_classes(self) -> int:
@@ -209,8 +177,8 @@ def build_data(config: Config, *, rank: int = 0, world_size: int = 1, classes: S
     train, val, statistics = build_sources(config, classes, rank)
     return Data(
         classes=train.classes,
-        train=TrainLoader(train, build_train_transform(config, statistics), config, rank, world_size),
-        val=ValLoader(val, build_val_transform(config, statistics), config, rank, world_size),
+        train=TrainLoader(train, config, statistics, rank, world_size),
+        val=ValLoader(val, config, statistics, rank, world_size, keep=True),
     )
 
 
@@ -221,7 +189,7 @@ def build_val(config: Config, *, rank: int = 0, world_size: int = 1, classes: Se
     """
     source = build_val_source(config, classes, rank)
     statistics = statistics_of(config.data, config.model.in_chans)
-    return ValLoader(source, build_val_transform(config, statistics), config, rank, world_size)
+    return ValLoader(source, config, statistics, rank, world_size)
 
 
 def resolve_num_classes(config: Config, data: Data | ValLoader) -> int:
@@ -236,17 +204,5 @@ def resolve_num_classes(config: Config, data: Data | ValLoader) -> int:
     return found
 
 
-def _batch(read: _Read) -> Batch:
-    if read.fatal:
-        raise UserError(read.fatal)
-    return Batch(
-        images=read.images,
-        targets=torch.from_numpy(read.targets),
-        ids=torch.from_numpy(read.ids),
-        valid=torch.from_numpy(read.valid),
-        errors=read.errors,
-    )
-
-
-def _unreadable(read: _Read) -> str:
-    return f"unreadable image: {read.errors[0]}; repair or remove it (scripts/check_data.py lists all)"
+def _unreadable(batch: Batch) -> str:
+    return f"unreadable image: {batch.errors[0]}; repair or remove it (scripts/check_data.py lists all)"

@@ -15,6 +15,7 @@ from acmix.config import DataConfig
 from acmix.data.images import BadImage
 from acmix.data.shards import MANIFEST, Manifest, PreparedSource, ShardFile, Split, find_split, sha256_of
 from acmix.errors import UserError
+from acmix.paths import cache_folder
 
 ATTEMPTS = 7
 """Tries without any progress before a transfer is given up."""
@@ -52,16 +53,10 @@ def open_remote(data: DataConfig, split: str) -> PreparedSource:
     if manifest is None:
         raise UserError(f"{where}: not of scripts/prepare_data.py; only its shards are read from a server")
     chosen = find_split(manifest, split, where)
-    cache = Cache(cache_folder(data), None if data.cache_size is None else int(data.cache_size * 1e9))
+    folder = cache_folder() / "shards" if data.cache_dir is None else Path(data.cache_dir).expanduser()
+    cache = Cache(folder, None if data.cache_size is None else int(data.cache_size * 1e9))
     cache.prepare(chosen)
     return PreparedSource(Server(address, cache), manifest, chosen)
-
-
-def cache_folder(data: DataConfig) -> Path:
-    """`data.cache_dir`, else `shards` in $ACMIX_CACHE or in ~/.cache/acmix."""
-    if data.cache_dir is not None:
-        return Path(data.cache_dir).expanduser()
-    return Path(os.environ.get("ACMIX_CACHE") or Path.home() / ".cache" / "acmix") / "shards"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup
@@ -13,12 +15,27 @@ from torchvision import transforms
 from torchvision.transforms.functional import resize
 
 from acmix.config import Config
+from acmix.data.batch import Erased, Normaliser, Pixels
 from acmix.data.datasets import Statistics
 from acmix.data.pictures import Picture
 from acmix.errors import UserError
 
 Transform = Callable[[Image.Image | Picture], torch.Tensor]
 """RGB image of any size → (C, H, W) float32, normalised; C is 3, or 1 for grey."""
+
+
+class Patch(NamedTuple):
+    """What replaces a part of an image once it is normalised.
+
+    box: top, left, height, width; noise: (C, height, width) float32
+    """
+
+    box: tuple[int, int, int, int]
+    noise: np.ndarray
+
+
+PixelTransform = Callable[[Image.Image | Picture], tuple[np.ndarray, Patch | None]]
+"""RGB image of any size → (H, W, C) uint8, and the part to erase, if any."""
 
 _MAX_ASPECT = 16
 _UNCROPPED_SIZE = 64  # up to this image_size validation crops nothing: small images are used whole
@@ -30,6 +47,16 @@ def build_train_transform(config: Config, statistics: Statistics) -> Transform:
     Random numbers come from the global generators of Python, numpy and torch. Raises UserError for a policy
     that timm does not understand.
     """
+    return _finished(build_train_pixels(config, statistics), statistics)
+
+
+def build_val_transform(config: Config, statistics: Statistics) -> Transform:
+    """Resize until the crop fits, crop the centre, normalise; nothing random."""
+    return _finished(build_val_pixels(config), statistics)
+
+
+def build_train_pixels(config: Config, statistics: Statistics) -> PixelTransform:
+    """As build_train_transform, with normalising and erasing left to do."""
     augment = config.augment
     steps = _crop(config)
     if augment.hflip:
@@ -38,18 +65,22 @@ def build_train_transform(config: Config, statistics: Statistics) -> Transform:
         steps.append(_auto_augment(augment.auto_augment, config, statistics))
     if augment.color_jitter:
         steps.append(transforms.ColorJitter(*[augment.color_jitter] * 3))
-    steps += _to_tensor(config, statistics)
-    if augment.erase_prob:
-        steps.append(RandomErasing(augment.erase_prob, mode="pixel", device="cpu"))
-    return transforms.Compose(steps)
+    return _ToPixels(steps, config.model.in_chans, augment.erase_prob)
 
 
-def build_val_transform(config: Config, statistics: Statistics) -> Transform:
-    """Resize until the crop fits, crop the centre, normalise; nothing random."""
+def fixed_steps(config: Config) -> Callable[[Image.Image], Image.Image]:
+    """What an image goes through before the first random number is drawn."""
+    size = config.data.size
+    steps = {"pad": [_limit_aspect, _Cover(size, config.data.interpolation)], "none": _resize(config, size)}
+    return transforms.Compose(steps.get(config.augment.crop, []))
+
+
+def build_val_pixels(config: Config) -> PixelTransform:
+    """As build_val_transform, with normalising left to do."""
     height, width = config.data.size
     share = 1.0 if max(height, width) <= _UNCROPPED_SIZE else config.data.crop_pct
     covered = (math.floor(height / share), math.floor(width / share))
-    return transforms.Compose([_whole, *_resize(config, covered), *_to_tensor(config, statistics)])
+    return _ToPixels([_whole, *_resize(config, covered)], config.model.in_chans)
 
 
 def build_mixup(config: Config, num_classes: int) -> Mixup | None:
@@ -134,9 +165,53 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
 
 
-def _to_tensor(config: Config, statistics: Statistics) -> list[Callable]:
-    grey = [transforms.Grayscale()] if config.model.in_chans == 1 else []
-    return [*grey, transforms.ToTensor(), transforms.Normalize(statistics.mean, statistics.std)]
+class _ToPixels:
+    """Steps on images, then the array of their pixels, with `erase_prob` and a part to erase."""
+
+    def __init__(self, steps: list[Callable], channels: int, erase_prob: float = 0.0) -> None:
+        self._transform = transforms.Compose([*steps, *([transforms.Grayscale()] if channels == 1 else [])])
+        self._channels = channels
+        self._erasing = RandomErasing(erase_prob, mode="pixel", device="cpu") if erase_prob else None
+
+    def __call__(self, image: Image.Image | Picture) -> tuple[np.ndarray, Patch | None]:
+        pixels = np.asarray(self._transform(image))
+        pixels = pixels.reshape(*pixels.shape[:2], self._channels)
+        if self._erasing is None:
+            return pixels, None
+        height, width = pixels.shape[:2]
+        part = _Canvas(self._channels, height, width)
+        self._erasing(part)
+        return pixels, part.patch
+
+
+class _Canvas:
+    """What timm's RandomErasing takes for an image: remembers what it would write, and where."""
+
+    dtype = torch.float32
+
+    def __init__(self, *shape: int) -> None:
+        self._shape = shape
+        self.patch: Patch | None = None
+
+    def size(self) -> tuple[int, ...]:
+        return self._shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], noise: torch.Tensor) -> None:
+        _, rows, columns = place
+        box = (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+        self.patch = Patch(box, noise.numpy())
+
+
+def _finished(transform: PixelTransform, statistics: Statistics) -> Transform:
+    normaliser = Normaliser(statistics)
+
+    def finished(image: Image.Image | Picture) -> torch.Tensor:
+        pixels, patch = transform(image)
+        erased = None if patch is None else Erased(np.array([(0, *patch.box)]), patch.noise.ravel())
+        batch = Pixels(torch.from_numpy(pixels.copy())[None], normaliser, erased)
+        return batch.finish(torch.device("cpu"), channels_last=False)[0]
+
+    return finished
 
 
 def _auto_augment(policy: str, config: Config, statistics: Statistics) -> Callable:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from acmix.config import Config
+from acmix.cores import cores_per_process
 from acmix.data.orphans import die_with_parent
 from acmix.data.sampler import BatchPlan
 from acmix.errors import UserError
@@ -25,6 +26,9 @@ _OPEN_FILES = (
     "too many open files: raise the limit (ulimit -n) or lower data.num_workers or data.prefetch_factor, and continue "
     "with --resume auto"
 )
+
+
+_MOST_WITH_GPU, _MOST_ON_CPU = 16, 4
 
 
 class PlanQueue:
@@ -44,8 +48,7 @@ class WorkerPool:
     signals meant for the job, so that it can stop gracefully, and die with their parent.
     """
 
-    def __init__(self, dataset: Dataset, config: Config, most: int | None = None) -> None:
-        workers = config.data.num_workers if most is None else min(config.data.num_workers, most)
+    def __init__(self, dataset: Dataset, config: Config, workers: int) -> None:
         pin = config.data.pin_memory
         self._queue = PlanQueue()
         with warnings.catch_warnings():
@@ -58,11 +61,12 @@ class WorkerPool:
                 num_workers=workers,
                 persistent_workers=workers > 0,
                 prefetch_factor=config.data.prefetch_factor if workers else None,
-                pin_memory=torch.cuda.is_available() and config.run.device != "cpu" if pin is None else pin,
+                pin_memory=on_gpu(config) if pin is None else pin,
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # else each pass would draw from the global one
             )
-        weakref.finalize(self, _stop_workers, self._loader)
+        self.close = weakref.finalize(self, _stop_workers, self._loader)
+        """End the processes now. A pool that is closed is not used again."""
 
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[Any]:
         """Results of the plans, in order. Raises UserError when a worker dies."""
@@ -97,15 +101,32 @@ def explain_worker_death(error: BaseException) -> UserError | None:
     return UserError(f"a data loader worker died ({text}). {_MEMORY}")
 
 
-def share_memory(images: torch.Tensor) -> None:
-    """Move a batch to shared memory, which the main process reads without a copy. Raises UserError."""
+def share_memory(images: torch.Tensor) -> bool:
+    """Move a batch to shared memory, which the main process reads without a copy. Raises UserError.
+
+    False where there is too little of it: the batch then has to go through the pipe.
+    """
     try:
         images.share_memory_()
     except RuntimeError as error:
-        text = str(error)
-        if "open files" in text:
-            raise UserError(f"{_OPEN_FILES} ({text})") from None
-        raise UserError(f"a data loader worker got no shared memory ({text}). {_MEMORY}") from None
+        if "open files" in str(error):
+            raise UserError(f"{_OPEN_FILES} ({error})") from None
+        return False
+    return True
+
+
+def worker_count(config: Config) -> int:
+    """`data.num_workers`; with `auto`, as many as leave the training process the cores it needs: all but one of its own
+    with a GPU, up to 16, and half of them on the CPU, up to 4."""
+    if config.data.num_workers != "auto":
+        return config.data.num_workers
+    cores = cores_per_process()
+    return max(1, min(cores - 1, _MOST_WITH_GPU)) if on_gpu(config) else min(cores // 2, _MOST_ON_CPU)
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether the run trains on a GPU."""
+    return torch.cuda.is_available() and config.run.device != "cpu"
 
 
 def in_worker() -> bool:

@@ -21,8 +21,8 @@ def network_inputs(
     batch: "Batch", precision: PrecisionConfig, device: torch.device, mixing: Mixing | None = None
 ) -> tuple[Tensor, Tensor]:
     """Images (B, C, H, W) in the memory format of `precision` and targets, on the device, mixed where asked."""
-    images = batch.images.to(device, non_blocking=True)
-    targets = batch.targets.to(device, non_blocking=True)
+    batch = batch.to(device, channels_last=precision.channels_last)
+    images, targets = batch.images, batch.targets
     if mixing is not None:
         images, targets = mixing(images, targets)
     return in_memory_format(images, precision), targets

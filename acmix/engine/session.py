@@ -11,7 +11,7 @@ from acmix.checkpoint.read import SoundCheckpoint, load_checkpoint, read_checkpo
 from acmix.checkpoint.snapshot import Snapshot
 from acmix.checkpoint.store import CheckpointStore
 from acmix.config import Config
-from acmix.config.resume import Changes, changed_keys, refuse_fixed
+from acmix.config.resume import Changes, changed_keys, refuse_fixed, settled, with_loader
 from acmix.engine.lock import RunLock
 from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder
 from acmix.errors import UserError
@@ -54,17 +54,25 @@ class Session:
     def load(self) -> Snapshot | None:
         """Lock the run to continue and read its checkpoint, once per rank; None for a run that begins.
 
-        `changes` then holds what the config changes. Raises UserError when another process runs in the folder, the
-        checkpoint asked for cannot be read, or the config changes what must stay.
+        `changes` then holds what the config changes, and `config` the loader of that run where its own is auto.
+        Raises UserError when another process runs in the folder, the checkpoint asked for cannot be read, or the config
+        changes what must stay.
         """
         found = self.dist.on_main(self._find_checkpoint)
         folder = self.dist.from_main(None if found is None else str(found.folder))
         if folder is None:
             return None
         snapshot = self.dist.all_or_none(lambda: load_checkpoint(Path(folder)) if found is None else found.snapshot())
-        self.changes = changed_keys(snapshot.progress.get("config"), self.config)
+        saved = snapshot.progress.get("config")
+        self.config = settled(self.config, saved)
+        self.changes = changed_keys(saved, self.config)
         self.dist.all_or_none(lambda: refuse_fixed(self.changes))
         return snapshot
+
+    def settle(self, loader: str) -> Config:
+        """The config of this run, once the data has decided what `data.loader: auto` is."""
+        self.config = with_loader(self.config, loader)
+        return self.config
 
     def open(self, classes: list[str], step: int) -> None:
         """Create the folder, or go on in it from `step`: config, classes, log and checkpoint store."""

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acmix.paths import cache_folder
+
 _SOURCES = Path(__file__).parent
 _SCALARS = {torch.float32: ("float", 4), torch.float64: ("double", 8)}
 # Contraction to fused multiply-adds is wanted; nothing here may assume that numbers are finite.
@@ -76,7 +78,7 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
     file = _SOURCES / source
     text = [file.read_text(), (_SOURCES / "maps.h").read_text()]
     recipe = "\0".join((*text, compiler, _version(compiler), _processor(), *_FLAGS, *defines))
-    target = _cache_folder() / f"{file.stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
+    target = cache_folder() / f"{file.stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.so"
     if not _is_intact(target):
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             built = Path(scratch) / target.name
@@ -144,12 +146,6 @@ def _processor() -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return " ".join((*os.uname()[4:], torch.backends.cpu.get_cpu_capability(), features))
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("ACMIX_CACHE") or Path.home() / ".cache" / "acmix")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
 
 
 @cache

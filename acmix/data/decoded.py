@@ -1,0 +1,228 @@
+"""All images of a source decoded at once, in parallel, and kept in a file that the processes of a machine share."""
+
+import fcntl
+import hashlib
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from acmix.config import Config
+from acmix.cores import usable_cores
+from acmix.data.datasets import Source
+from acmix.data.images import BadImage
+from acmix.data.sampler import BatchPlan
+from acmix.data.seeding import preserved_generators
+from acmix.data.workers import WorkerPool, in_worker, share_memory
+from acmix.errors import UserError
+from acmix.paths import cache_folder
+
+Fixed = Callable[[Image.Image], Image.Image]
+
+LIMIT = 1 << 30
+"""Bytes that the decoded images of a split may have to be kept in memory unasked."""
+
+_WORTH_A_FILE = 32 << 20  # bytes; fewer are decoded again in a second
+_FILES = 8 << 30  # bytes of decoded images to keep on disk
+_BLOCK = 256
+_CHANNELS = 3
+_FORMAT = 1
+
+
+class Unsuitable(Exception):
+    """Why images cannot be held in memory as one array; the message is for people."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images of one size.
+
+    pixels: (N, H, W, 3) uint8; targets: (N,) int64; problems: what is wrong with each image that cannot be read.
+    """
+
+    pixels: np.ndarray
+    targets: np.ndarray
+    problems: dict[int, str]
+
+
+def decode_all(source: Source, fixed: Fixed, steps: str, config: Config, limit: int | None = LIMIT) -> Decoded:
+    """Decode every image and apply `fixed`, which `steps` describes; or map the file that an earlier run left.
+
+    The file lies in $ACMIX_CACHE/decoded, or ~/.cache/acmix/decoded, under a digest of the source's `fingerprint` (a
+    method that tells its images from all others), its classes and `steps`; without a fingerprint there is no file. One
+    process of a machine decodes while the others wait.
+
+    Raises Unsuitable for images that differ in size or are more than `limit` bytes; UserError as loader processes do.
+    """
+    shape = _shape(source, fixed)
+    size = len(source) * int(np.prod(shape))
+    if limit is not None and size > limit:
+        raise Unsuitable(f"decoded, the images have {size / 2**30:.1f} GiB, more than {limit / 2**30:g}")
+    fingerprint = getattr(source, "fingerprint", None)
+    if fingerprint is None or size < _WORTH_A_FILE:
+        return _decode(source, fixed, shape, config)
+    identity = "\x1f".join([str(_FORMAT), PIL.__version__, steps, str(shape), *source.classes, fingerprint()])
+    key = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    try:
+        with _locked(key) as folder:
+            if (found := _open(folder, key, shape)) is None:
+                decoded = _decode(source, fixed, shape, config)
+                if decoded.problems:
+                    return decoded
+                _write(folder, key, decoded)
+                found = _open(folder, key, shape)
+            return found or decoded
+    except OSError as error:
+        print(f"warning: decoded images are not kept on disk: {error}", file=sys.stderr, flush=True)
+        return _decode(source, fixed, shape, config)
+
+
+class _Block(NamedTuple):
+    """Some images as a worker returns them; `unlike` names one of another size."""
+
+    pixels: torch.Tensor | np.ndarray
+    targets: np.ndarray
+    problems: dict[int, str]
+    unlike: str | None = None
+    fatal: str | None = None
+
+
+class _Decoder(Dataset):
+    """BatchPlan → its images, decoded."""
+
+    def __init__(self, source: Source, fixed: Fixed, shape: tuple[int, ...]) -> None:
+        self._source = source
+        self._fixed = fixed
+        self._shape = shape
+
+    def __getitem__(self, plan: BatchPlan) -> _Block:
+        pixels = torch.zeros(len(plan.indices), *self._shape, dtype=torch.uint8)
+        block = _Block(pixels, np.zeros(len(plan.indices), dtype=np.int64), {})
+        try:
+            if in_worker() and not share_memory(pixels):
+                block = block._replace(pixels=pixels.numpy())
+            return self._fill(block, plan)
+        except UserError as error:
+            return block._replace(pixels=np.zeros(0), fatal=str(error))
+
+    def _fill(self, block: _Block, plan: BatchPlan) -> _Block:
+        values = np.asarray(block.pixels)
+        for place, index in enumerate(plan.indices.tolist()):
+            try:
+                image, block.targets[place] = self._source.load(index)
+            except BadImage as error:
+                block.problems[index] = f"{self._source.describe(index)}: {error.reason}"
+                continue
+            image = self._fixed(image)
+            if (image.height, image.width) != self._shape[:2]:
+                unlike = f"{self._source.describe(index)} has {image.height} × {image.width}"
+                return block._replace(unlike=unlike)
+            values[place] = np.asarray(image)
+        return block
+
+
+def _shape(source: Source, fixed: Fixed) -> tuple[int, int, int]:
+    """Height, width and channels of the first image that can be read."""
+    for index in range(len(source)):
+        with suppress(BadImage):
+            image = fixed(source.load(index)[0])
+            return image.height, image.width, _CHANNELS
+    raise Unsuitable("no image can be read")
+
+
+def _decode(source: Source, fixed: Fixed, shape: tuple[int, int, int], config: Config) -> Decoded:
+    count = len(source)
+    decoded = Decoded(np.empty((count, *shape), dtype=np.uint8), np.empty(count, dtype=np.int64), {})
+    places = np.arange(count, dtype=np.int64)
+    blocks = [places[start : start + _BLOCK] for start in range(0, count, _BLOCK)]
+    asked = config.data.num_workers
+    workers = min(usable_cores() if asked == "auto" else asked, (len(blocks) + 3) // 4)
+    pool = WorkerPool(_Decoder(source, fixed, shape), config, workers)
+    plans = iter([BatchPlan(0, block, np.zeros_like(block)) for block in blocks])
+    silent = not sys.stderr.isatty()
+    with preserved_generators(), tqdm(total=count, desc="decoding", unit=" images", leave=False, disable=silent) as bar:
+        for chosen, block in zip(blocks, pool.run(plans), strict=True):
+            if block.fatal:
+                raise UserError(block.fatal)
+            if block.unlike:
+                raise Unsuitable(f"the images differ in size: {block.unlike} pixels, the first {shape[0]} × {shape[1]}")
+            decoded.pixels[chosen] = np.asarray(block.pixels)
+            decoded.targets[chosen] = block.targets
+            decoded.problems.update(block.problems)
+            bar.update(len(chosen))
+    pool.close()
+    return decoded
+
+
+@contextmanager
+def _locked(key: str) -> Iterator[Path]:
+    """The folder of decoded images, held by this process alone for one key. Raises OSError."""
+    folder = cache_folder() / "decoded"
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"{key}.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def _open(folder: Path, key: str, shape: tuple[int, int, int]) -> Decoded | None:
+    """The images in the file of a key, mapped: processes share its memory. None without a whole file."""
+    for path in folder.glob(f"{key}-*.npy"):
+        with suppress(ValueError):  # not a whole array
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            if path.stem.rpartition("-")[2] == _checksum(rows):
+                os.utime(path)
+                pixels, targets = np.split(rows, [int(np.prod(shape))], axis=1)
+                return Decoded(_as_images(pixels, shape), np.ascontiguousarray(targets).view(np.int64)[:, 0], {})
+        path.unlink()
+    return None
+
+
+def _write(folder: Path, key: str, decoded: Decoded) -> None:
+    """Each image with its class after it is a row of the file; its name ends in their checksum. Raises OSError."""
+    for leftover in folder.glob(f".{key}*"):
+        leftover.unlink()
+    count = len(decoded.targets)
+    rows = np.concatenate([decoded.pixels.reshape(count, -1), decoded.targets[:, None].view(np.uint8)], axis=1)
+    _make_room(folder, rows.nbytes)
+    temporary = folder / f".{key}.npy"
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / f"{key}-{_checksum(rows)}.npy")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _make_room(folder: Path, size: int) -> None:
+    """Remove the files that were not used for longest, so that all stay below a limit."""
+    files = sorted(folder.glob("*.npy"), key=lambda path: path.stat().st_mtime)
+    total = size + sum(path.stat().st_size for path in files)
+    for path in files:
+        if total <= _FILES:
+            return
+        total -= path.stat().st_size
+        path.unlink(missing_ok=True)
+
+
+def _as_images(rows: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    _, width, channels = shape
+    strides = (rows.strides[0], width * channels, channels, 1)
+    return np.lib.stride_tricks.as_strided(rows, (len(rows), *shape), strides, writeable=False)
+
+
+def _checksum(rows: np.ndarray) -> str:
+    return f"{zlib.crc32(rows.data):08x}"
