@@ -145,6 +145,11 @@ class Renumbered:
         """Where the image is and its class, for messages."""
         return self.source.describe(index)
 
+    def fingerprint(self) -> str | None:
+        """What tells the images from all others, where the source knows it."""
+        known: str | None = getattr(self._source, "fingerprint", lambda: None)()
+        return None if known is None else f"{known} {self._places.tolist()}"
+
 
 def present_classes(source: "Source") -> list[int]:
     """Indices of the classes that a source may hold images of, ascending."""

@@ -69,10 +69,10 @@ def decode_all(source: Source, fixed: Fixed, steps: str, config: Config, limit: 
     size = len(source) * int(np.prod(shape))
     if limit is not None and size > limit:
         raise Unsuitable(f"decoded, the images have {size / 2**30:.1f} GiB, more than {limit / 2**30:g}")
-    fingerprint = getattr(source, "fingerprint", None)
-    if fingerprint is None or size < _WORTH_A_FILE:
+    fingerprint = getattr(source, "fingerprint", lambda: None)() if size >= _WORTH_A_FILE else None
+    if fingerprint is None:
         return _decode(source, fixed, shape, config)
-    identity = "\x1f".join([str(_FORMAT), PIL.__version__, steps, str(shape), *source.classes, fingerprint()])
+    identity = "\x1f".join([str(_FORMAT), PIL.__version__, steps, str(shape), *source.classes, fingerprint])
     key = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
     try:
         with _locked(key) as folder:
@@ -178,7 +178,7 @@ def _locked(key: str) -> Iterator[Path]:
 def _open(folder: Path, key: str, shape: tuple[int, int, int]) -> Decoded | None:
     """The images in the file of a key, mapped: processes share its memory. None without a whole file."""
     for path in folder.glob(f"{key}-*.npy"):
-        with suppress(ValueError):  # not a whole array
+        with suppress(ValueError, EOFError):  # not a whole array
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
             if path.stem.rpartition("-")[2] == _checksum(rows):
                 os.utime(path)
@@ -190,12 +190,10 @@ def _open(folder: Path, key: str, shape: tuple[int, int, int]) -> Decoded | None
 
 def _write(folder: Path, key: str, decoded: Decoded) -> None:
     """Each image with its class after it is a row of the file; its name ends in their checksum. Raises OSError."""
-    for leftover in folder.glob(f".{key}*"):
-        leftover.unlink()
     count = len(decoded.targets)
     rows = np.concatenate([decoded.pixels.reshape(count, -1), decoded.targets[:, None].view(np.uint8)], axis=1)
     _make_room(folder, rows.nbytes)
-    temporary = folder / f".{key}.npy"
+    temporary = folder / f"{key}.part"  # one that a killed run left is overwritten
     try:
         with open(temporary, "wb") as file:
             np.save(file, rows)

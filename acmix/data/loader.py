@@ -10,11 +10,11 @@ from acmix.data.batch import Batch, Normaliser
 from acmix.data.classes import present_classes
 from acmix.data.datasets import Source, Statistics, build_sources, build_val_source, statistics_of
 from acmix.data.decoded import LIMIT
-from acmix.data.reader import BatchReader
+from acmix.data.reader import BatchReader, unreadable
 from acmix.data.resident import Kind, hold_resident
 from acmix.data.sampler import BatchPlan, TrainOrder, val_plans
 from acmix.data.transforms import PixelTransform, build_train_pixels, build_val_pixels
-from acmix.data.workers import WorkerPool, worker_count
+from acmix.data.workers import WorkerPool, warn_of_little_shared_memory, worker_count
 from acmix.errors import UserError
 
 
@@ -49,6 +49,8 @@ class WorkerImages:
     def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
         """The batches of the plans, in order. Raises UserError when a worker dies."""
         for read in self.pool.run(plans):
+            if read.through_pipe:
+                warn_of_little_shared_memory()
             yield read.batch(self._normaliser)
 
 
@@ -93,7 +95,7 @@ class TrainLoader:
         update: list[Batch] = []
         for batch in self.images.batches(self.order.plans(epoch, self._rank, start_update)):
             if batch.errors and self._raises:
-                raise UserError(f"{_unreadable(batch)}, or train without it by data.on_error=skip")
+                raise UserError(f"{unreadable(batch.errors[0])}, or train without it by data.on_error=skip")
             update.append(batch)
             if len(update) == self.order.accumulate:
                 yield update
@@ -136,7 +138,7 @@ class ValLoader:
         kept = []
         for batch in self.images.batches(iter(self._plans)):
             if batch.errors:
-                raise UserError(f"{_unreadable(batch)}; validation counts every image")
+                raise UserError(f"{unreadable(batch.errors[0])}; validation counts every image")
             if self._keep:
                 kept.append(batch.copy())
             yield batch
@@ -202,7 +204,3 @@ def resolve_num_classes(config: Config, data: Data | ValLoader) -> int:
             "them with data.classes=FILE"
         )
     return found
-
-
-def _unreadable(batch: Batch) -> str:
-    return f"unreadable image: {batch.errors[0]}; repair or remove it (scripts/check_data.py lists all)"

@@ -31,6 +31,11 @@ class Read(NamedTuple):
     erased: Erased | None = None
     fatal: str | None = None
 
+    @property
+    def through_pipe(self) -> bool:
+        """Whether the pixels had to be sent, for lack of shared memory."""
+        return isinstance(self.pixels, np.ndarray) and self.fatal is None
+
     def batch(self, normaliser: Normaliser) -> Batch:
         """The batch that this becomes. Raises UserError for what the worker could not go on from."""
         if self.fatal:
@@ -78,7 +83,7 @@ class BatchReader(Dataset):
         if not read.valid.all() and read.valid.any():
             donor = int(read.valid.argmax())
             missing = np.flatnonzero(~read.valid)
-            read.pixels[missing] = read.pixels[donor]
+            np.asarray(read.pixels)[missing] = np.asarray(read.pixels)[donor]
             read.targets[missing] = read.targets[donor]
             patches |= {place: patches[donor] for place in missing.tolist() if donor in patches}
         return read._replace(erased=_joined(patches)) if patches else read
@@ -112,3 +117,8 @@ class BatchReader(Dataset):
 def _joined(patches: dict[int, Patch]) -> Erased:
     boxes = [(place, *patch.box) for place, patch in patches.items()]
     return Erased(np.array(boxes, dtype=np.int64), np.concatenate([patch.noise.ravel() for patch in patches.values()]))
+
+
+def unreadable(error: str) -> str:
+    """The message for an image that cannot be read, without the way out."""
+    return f"unreadable image: {error}; repair or remove it (scripts/check_data.py lists all)"

@@ -13,6 +13,7 @@ from acmix.data.batch import Batch, Normaliser, Pixels
 from acmix.data.batched import BatchedAugment, why_not_batched
 from acmix.data.datasets import Source
 from acmix.data.decoded import LIMIT, Decoded, Unsuitable, decode_all
+from acmix.data.reader import unreadable
 from acmix.data.sampler import BatchPlan
 from acmix.data.transforms import fixed_steps
 from acmix.errors import UserError
@@ -75,4 +76,7 @@ def hold_resident(source: Source, config: Config, normaliser: Normaliser) -> Res
         if os.environ.get("ACMIX_DEBUG") == "1":
             print(f"acmix: data.loader auto → workers: {error}", file=sys.stderr)
         return None
+    if decoded.problems and data.on_error == "raise":
+        first = decoded.problems[min(decoded.problems)]
+        raise UserError(f"{unreadable(first)}, or train without it by data.on_error=skip")
     return ResidentImages(decoded, config, normaliser)

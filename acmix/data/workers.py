@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,6 +114,17 @@ def share_memory(images: torch.Tensor) -> bool:
             raise UserError(f"{_OPEN_FILES} ({error})") from None
         return False
     return True
+
+
+@cache
+def warn_of_little_shared_memory() -> None:
+    """Said once, when the first batch comes through the pipe."""
+    print(
+        "warning: /dev/shm has too little room for the batches of the loader processes; they come through a pipe, more "
+        "slowly. Give the container more shared memory (docker --shm-size), or lower data.prefetch_factor",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def worker_count(config: Config) -> int:

@@ -1,5 +1,6 @@
 """Speed of training since the last logged row: images a second, waiting for data, memory, time left."""
 
+import math
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,8 @@ class Meter:
     def __init__(self, global_batch: int, device: torch.device) -> None:
         self.global_batch = global_batch
         self.device = device
+        self.epoch_wait = 0.0
+        """Share of the time since the first item of the last `timed` that was waiting, 0 to 1."""
         self.restart()
 
     def restart(self) -> None:
@@ -41,13 +44,20 @@ class Meter:
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
         """Pass items on, counting the time it takes to get each as waiting for data."""
         source = iter(items)
+        began, waited = math.inf, 0.0
         while True:
             before = time.perf_counter()
             try:
                 item = next(source)
             except StopIteration:
                 return
-            self._waited += time.perf_counter() - before
+            now = time.perf_counter()
+            self._waited += now - before
+            if began == math.inf:  # loader processes start with the first item
+                began = now
+            else:
+                waited += now - before
+                self.epoch_wait = waited / (now - began)
             yield item
 
     def count(self) -> None:

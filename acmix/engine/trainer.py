@@ -15,8 +15,10 @@ from torch import Tensor
 from acmix.checkpoint.snapshot import Snapshot
 from acmix.config import Config
 from acmix.config.resume import describe_changes, explain_misfit
+from acmix.data.advice import advice_on_waiting
 from acmix.data.loader import Batch, Data
 from acmix.data.workers import worker_deaths_explained
+from acmix.engine.ahead import on_device
 from acmix.engine.evaluate import Metrics, evaluate
 from acmix.engine.learner import Learner
 from acmix.engine.meter import Meter
@@ -101,6 +103,7 @@ class Trainer:
             if stopped:
                 break
 
+            log.line(*advice_on_waiting(self.meter.epoch_wait, progress.epoch + 1, self.config, self.data.loader))
             learner.share_buffers()
             improved = False
             if self._evaluation_due():
@@ -132,10 +135,11 @@ class Trainer:
         return progress.step >= self.total_steps and (evaluated or progress.update_in_epoch == 0)
 
     def _rest_of_epoch(self) -> Iterator[list[Batch]]:
-        """The batches of each step that is left of the epoch, or of `schedule.steps`."""
+        """The batches of each step that is left of the epoch, or of `schedule.steps`, on the device."""
         progress = self.progress
         steps = self.data.train.epoch(progress.epoch, start_update=progress.update_in_epoch)
-        return islice(steps, max(self.total_steps - progress.step, 0))
+        left = islice(steps, max(self.total_steps - progress.step, 0))
+        return on_device(left, self.dist.device, channels_last=self.config.precision.channels_last)
 
     def _train_step(self, batches: Sequence[Batch]) -> Verdict:
         """One step on all ranks alike; returns what they agreed on."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from acmix.config import RunConfig
+from acmix.cores import cores_per_process
 
 _CPU = torch.device("cpu")
 _PACKAGES = ("acmix", "torch", "torchvision", "timm", "numpy", "triton")
@@ -21,10 +22,13 @@ def set_up_torch(run: RunConfig, device: torch.device) -> None:
     """Set threads, the precision of float32 matrix products, determinism and the seed.
 
     On CUDA, float32 products may use TensorFloat-32, and cuDNN picks the fastest kernels by trial unless
-    `run.deterministic`. Every rank gets the same seed, and so the same initial weights.
+    `run.deterministic`. Unless `run.threads` or OMP_NUM_THREADS says how many threads, the processes of a job share the
+    cores among them. Every rank gets the same seed, and so the same initial weights.
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cores_per_process()))
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -12,7 +12,7 @@ import torch
 
 from acmix.config import Config
 from acmix.data.images import BadImage
-from acmix.data.loader import Batch, build_data, build_val, resolve_num_classes
+from acmix.data.loader import Batch, Data, build_data, build_val, resolve_num_classes
 from acmix.errors import UserError
 
 MakeFolder = Callable[..., Path]
@@ -28,6 +28,12 @@ AUGMENT = {
 def updates(config: Config, epoch: int = 0, start: int = 0, rank: int = 0, world_size: int = 1) -> list[list[Batch]]:
     data = build_data(config, rank=rank, world_size=world_size)
     return list(data.train.epoch(epoch, start))
+
+
+def worker_source(data: Data) -> Any:
+    """What the loader processes read from."""
+    images: Any = data.train.images
+    return images.pool._loader.dataset._source
 
 
 def assert_same(first: list[list[Batch]], second: list[list[Batch]]) -> None:
@@ -132,7 +138,7 @@ def test_no_image_before_the_start_is_read(make_config: MakeConfig) -> None:
     config = make_config(data__batch_size=100)
     data = build_data(config)
     read: list[int] = []
-    source: Any = data.train._source
+    source = worker_source(data)
     load = source.load
     source.load = lambda index: (read.append(index), load(index))[1]
     expected = data.train.order.epoch_order(2)[0][1300:1400].tolist()
@@ -213,7 +219,7 @@ def test_validation_never_leaves_an_image_out(
 
 def test_a_label_out_of_range_is_an_error_without_a_workers_traceback(make_config: MakeConfig) -> None:
     data = build_data(make_config(data__num_workers=1))
-    source: Any = data.train._source
+    source = worker_source(data)
 
     def load(index: int) -> None:
         raise UserError(f"label of {index} outside 0..9") from BadImage("corrupt", "x")
