@@ -147,7 +147,7 @@ class Renumbered:
 
     def fingerprint(self) -> str | None:
         """What tells the images from all others, where the source knows it."""
-        known: str | None = getattr(self._source, "fingerprint", lambda: None)()
+        known: str | None = getattr(self.source, "fingerprint", lambda: None)()
         return None if known is None else f"{known} {self._places.tolist()}"
 
 

@@ -1,6 +1,7 @@
 """Loader processes: how they start and end, which signals they ignore, and what is reported when one dies."""
 
 import signal
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
