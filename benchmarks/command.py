@@ -13,6 +13,7 @@ from acmix.errors import UserError
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
 from acmix.process.program import Arguments, run_program
+from benchmarks import data
 from benchmarks.cases import DTYPES, Case, Setting, build_case, is_authors
 from benchmarks.measure import MODES, Result, measure
 from benchmarks.report import machine_row, table, write_json, write_page
@@ -26,7 +27,10 @@ def run(description: str, out: Path, arguments: Sequence[str] | None = None) -> 
 
     Returns the exit status: 1 if an implementation failed parity and was not timed, 2 for bad usage.
     """
-    return run_program(lambda: _run(_parser(description, out).parse_args(arguments)))
+    given = sys.argv[1:] if arguments is None else arguments
+    if any(text.partition("=")[0] == "--data" for text in given):
+        return run_program(lambda: data.run(given, description))
+    return run_program(lambda: _run(_parser(description, out).parse_args(given)))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -65,6 +69,7 @@ def _parser(description: str, out: Path) -> Arguments:
     add("--no-memory", action="store_true", help="do not measure peak memory")
     add("--authors", type=Path, metavar="PATH", help="clone of github.com/LeapLabTHU/ACmix, for authors:... subjects")
     add("--json", type=Path, metavar="FILE", help="write the results there too")
+    add("--data", metavar="CONFIG", help="time the data of a run instead; see --data CONFIG --help")
     add("--suite", action="store_true", help="measure every target of the device; write RESULTS.md and JSON")
     add("--out", type=Path, default=out, metavar="FOLDER", help="where the suite writes (default: %(default)s)")
     return parser

@@ -192,6 +192,10 @@ class PreparedSource:
         name = f"{row['key']:09}.{self._suffix}"
         return f"{self._place.name(self._split.shards[row['shard']])}: {name} (class {self.classes[row['target']]})"
 
+    def fingerprint(self) -> str:
+        """What tells the images from all others: the index holds a checksum of each."""
+        return f"shards {self._split.index.sha256}"
+
     def _read(self, row: np.void, shard: ShardFile) -> bytes:
         data = read_at(self._place.path(shard), int(row["offset"]), int(row["size"]))
         if zlib.crc32(data) != row["crc32"]:
