@@ -359,3 +359,14 @@ def test_refusals_do_not_wait_for_torch(tmp_path: Path) -> None:
 def test_launcher_has_no_name_outside_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert launcher_id() is None
+
+
+def test_a_run_keeps_the_loader_that_auto_came_to(train: Train) -> None:
+    assert train("run.dir=run").status == 0
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["data"]["loader"] == "resident"
+    again = train("run.dir=run", "--resume", "auto", "schedule.steps=4")
+    assert (again.status, "data.loader" in again.out) == (0, False)
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["data"]["loader"] == "resident"
+    changed = train("run.dir=run", "--resume", "auto", "schedule.steps=5", "data.loader=workers")
+    assert changed.status == 0
+    assert "Changed: data.loader was resident, now workers; the images are augmented by other" in changed.out

@@ -1,4 +1,4 @@
-"""The augmentation of images held in memory: whole batches of 8-bit pixels at once, each sample by its own numbers.
+"""The augmentation of images held in memory: batches of 8-bit pixels at once, each sample by its own numbers.
 
 The pixels are those that the transforms of single images (torchvision on Pillow, timm's erasing) make of the same crop,
 flip and factors; the numbers are drawn from the same distributions.
@@ -7,14 +7,17 @@ flip and factors; the numbers are drawn from the same distributions.
 import math
 
 import numpy as np
+from PIL import Image
 
 from acmix.config import Config
 from acmix.data.batch import Erased
+from acmix.data.datasets import Statistics
 from acmix.data.draws import Draws, whole
 from acmix.data.jitter import grey, jitter
-from acmix.data.seeding import stream_seed
+from acmix.data.seeding import seed_generators, stream_seed
+from acmix.data.transforms import SingleStep, single_steps
 
-_CROP, _FLIP, _JITTER, _ERASE = 0, 2, 3, 16
+_CROP, _FLIP, _JITTER, _POLICY, _ERASE = 0, 2, 3, 9, 10
 """The first of each step's numbers."""
 
 _MIN_AREA, _MAX_AREA = 0.02, 1 / 3  # of an erased part, as a share of the image; and its shape, height over width
@@ -23,41 +26,47 @@ _ATTEMPTS = 10
 _NOISE = 1 << 20
 
 
-def why_not_batched(config: Config) -> str | None:
-    """Which step of the augmentation has no batched form, in words; None: all have one."""
-    augment = config.augment
-    if augment.auto_augment is not None:
-        return f"augment.auto_augment ({augment.auto_augment}) changes images one by one"
-    if augment.crop == "random_resized":
-        return "augment.crop random_resized resizes images one by one"
-    return None
-
-
 class BatchedAugment:
     """Crop, flip, colour and the choice of what is erased, as the `augment` section says.
 
-    The images are those that `transforms.fixed_steps` leaves.
+    The images are those that `transforms.fixed_steps` leaves. A random area (augment.crop random_resized) and timm's
+    policies (augment.auto_augment) have no form for batches: they take the images one by one, the generators seeded for
+    each. `one_by_one` says whether there are such steps.
+
+    Raises UserError for a policy that timm does not understand.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, statistics: Statistics) -> None:
         self._augment = config.augment
         self._seed = config.run.seed
         self._size = config.data.size
         self._channels = config.model.in_chans
         self._pad = config.augment.pad if config.augment.crop == "pad" else 0
+        self._area, self._policy = single_steps(config, statistics)
+        self.one_by_one = self._area is not None or self._policy is not None
         self._noise: np.ndarray | None = None
 
     def __call__(self, images: np.ndarray, epoch: int, indices: np.ndarray, repeats: np.ndarray) -> tuple:
         """Images (B, H, W, 3) uint8 of the samples → pixels (B, h, w, C) uint8 and what is to be erased, or None."""
         draws = Draws(self._seed, epoch, indices, repeats)
-        pixels = self._cropped(images, draws)
+        pixels = self._cropped(images, draws) if self._area is None else self._each(self._area, images, draws, _CROP)
         if self._augment.hflip:
             _flip(pixels, np.flatnonzero(draws.uniform(_FLIP, 1)[0] < self._augment.hflip))
+        if self._policy is not None:
+            pixels = self._each(self._policy, pixels, draws, _POLICY)
         if self._augment.color_jitter:
             jitter(pixels, self._augment.color_jitter, draws.uniform(_JITTER, 6))
         if self._channels == 1:
             pixels = grey(pixels)[..., None]
         return pixels, self._erased(draws, len(indices)) if self._augment.erase_prob else None
+
+    def _each(self, step: SingleStep, images: np.ndarray, draws: Draws, number: int) -> np.ndarray:
+        """The step done to one image after the other."""
+        changed = np.empty((len(images), *self._size, images.shape[3]), dtype=np.uint8)
+        for place, seed in enumerate(draws.seeds(number)):
+            seed_generators(seed)
+            changed[place] = np.asarray(step(Image.fromarray(images[place])))
+        return changed
 
     def _cropped(self, images: np.ndarray, draws: Draws) -> np.ndarray:
         """A part of each padded image, copied."""

@@ -2,12 +2,13 @@
 
 import fcntl
 import hashlib
+import math
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,19 +25,20 @@ from acmix.data.datasets import Source
 from acmix.data.images import BadImage
 from acmix.data.sampler import BatchPlan
 from acmix.data.seeding import preserved_generators
-from acmix.data.workers import WorkerPool, in_worker, share_memory
+from acmix.data.workers import WorkerPool, hand_over
 from acmix.errors import UserError
 from acmix.paths import cache_folder
 
 Fixed = Callable[[Image.Image], Image.Image]
 
-LIMIT = 1 << 30
+LIMIT = 2 << 30
 """Bytes that the decoded images of a split may have to be kept in memory unasked."""
 
 _WORTH_A_FILE = 32 << 20  # bytes; fewer are decoded again in a second
 _FILES = 8 << 30  # bytes of decoded images to keep on disk
 _BLOCK = 256
 _CHANNELS = 3
+_TARGET = 8  # bytes
 _FORMAT = 1
 
 
@@ -48,12 +50,26 @@ class Unsuitable(Exception):
 class Decoded:
     """Images of one size.
 
-    pixels: (N, H, W, 3) uint8; targets: (N,) int64; problems: what is wrong with each image that cannot be read.
+    rows: (N, H · W · 3 + 8) uint8, each an image and the eight bytes of its class index
+    shape: H, W, 3
+    problems: what is wrong with each image that cannot be read
     """
 
-    pixels: np.ndarray
-    targets: np.ndarray
-    problems: dict[int, str]
+    rows: np.ndarray
+    shape: tuple[int, int, int]
+    problems: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """(N, H, W, 3) uint8, a view."""
+        _, width, channels = self.shape
+        strides = (self.rows.strides[0], width * channels, channels, 1)
+        return np.lib.stride_tricks.as_strided(self.rows, (len(self.rows), *self.shape), strides)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(N,) int64, a copy."""
+        return np.ascontiguousarray(self.rows[:, -_TARGET:]).view(np.int64)[:, 0]
 
 
 def decode_all(source: Source, fixed: Fixed, steps: str, config: Config, limit: int | None = LIMIT) -> Decoded:
@@ -66,7 +82,7 @@ def decode_all(source: Source, fixed: Fixed, steps: str, config: Config, limit: 
     Raises Unsuitable for images that differ in size or are more than `limit` bytes; UserError as loader processes do.
     """
     shape = _shape(source, fixed)
-    size = len(source) * int(np.prod(shape))
+    size = len(source) * math.prod(shape)
     if limit is not None and size > limit:
         raise Unsuitable(f"decoded, the images have {size / 2**30:.1f} GiB, more than {limit / 2**30:g}")
     fingerprint = getattr(source, "fingerprint", lambda: None)() if size >= _WORTH_A_FILE else None
@@ -110,9 +126,7 @@ class _Decoder(Dataset):
         pixels = torch.zeros(len(plan.indices), *self._shape, dtype=torch.uint8)
         block = _Block(pixels, np.zeros(len(plan.indices), dtype=np.int64), {})
         try:
-            if in_worker() and not share_memory(pixels):
-                block = block._replace(pixels=pixels.numpy())
-            return self._fill(block, plan)
+            return self._fill(block._replace(pixels=hand_over(pixels)), plan)
         except UserError as error:
             return block._replace(pixels=np.zeros(0), fatal=str(error))
 
@@ -143,7 +157,8 @@ def _shape(source: Source, fixed: Fixed) -> tuple[int, int, int]:
 
 def _decode(source: Source, fixed: Fixed, shape: tuple[int, int, int], config: Config) -> Decoded:
     count = len(source)
-    decoded = Decoded(np.empty((count, *shape), dtype=np.uint8), np.empty(count, dtype=np.int64), {})
+    decoded = Decoded(np.empty((count, math.prod(shape) + _TARGET), dtype=np.uint8), shape)
+    pixels = decoded.pixels
     places = np.arange(count, dtype=np.int64)
     blocks = [places[start : start + _BLOCK] for start in range(0, count, _BLOCK)]
     asked = config.data.num_workers
@@ -157,8 +172,8 @@ def _decode(source: Source, fixed: Fixed, shape: tuple[int, int, int], config: C
                 raise UserError(block.fatal)
             if block.unlike:
                 raise Unsuitable(f"the images differ in size: {block.unlike} pixels, the first {shape[0]} × {shape[1]}")
-            decoded.pixels[chosen] = np.asarray(block.pixels)
-            decoded.targets[chosen] = block.targets
+            pixels[chosen] = np.asarray(block.pixels)
+            decoded.rows[chosen, -_TARGET:] = block.targets[:, None].view(np.uint8)
             decoded.problems.update(block.problems)
             bar.update(len(chosen))
     pool.close()
@@ -182,24 +197,21 @@ def _open(folder: Path, key: str, shape: tuple[int, int, int]) -> Decoded | None
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
             if path.stem.rpartition("-")[2] == _checksum(rows):
                 os.utime(path)
-                pixels, targets = np.split(rows, [int(np.prod(shape))], axis=1)
-                return Decoded(_as_images(pixels, shape), np.ascontiguousarray(targets).view(np.int64)[:, 0], {})
+                return Decoded(rows, shape)
         path.unlink()
     return None
 
 
 def _write(folder: Path, key: str, decoded: Decoded) -> None:
-    """Each image with its class after it is a row of the file; its name ends in their checksum. Raises OSError."""
-    count = len(decoded.targets)
-    rows = np.concatenate([decoded.pixels.reshape(count, -1), decoded.targets[:, None].view(np.uint8)], axis=1)
-    _make_room(folder, rows.nbytes)
+    """Keep the rows in a file whose name ends in their checksum. Raises OSError."""
+    _make_room(folder, decoded.rows.nbytes)
     temporary = folder / f"{key}.part"  # one that a killed run left is overwritten
     try:
         with open(temporary, "wb") as file:
-            np.save(file, rows)
+            np.save(file, decoded.rows)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / f"{key}-{_checksum(rows)}.npy")
+        os.replace(temporary, folder / f"{key}-{_checksum(decoded.rows)}.npy")
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -214,12 +226,6 @@ def _make_room(folder: Path, size: int) -> None:
             return
         total -= path.stat().st_size
         path.unlink(missing_ok=True)
-
-
-def _as_images(rows: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    _, width, channels = shape
-    strides = (rows.strides[0], width * channels, channels, 1)
-    return np.lib.stride_tricks.as_strided(rows, (len(rows), *shape), strides, writeable=False)
 
 
 def _checksum(rows: np.ndarray) -> str:

@@ -28,6 +28,11 @@ class Draws:
         steps = np.arange(first + 1, first + count + 1, dtype=np.uint64)[:, None] * _STEP
         return (_mixed(self._states[chosen] + steps) >> _S11) * 2.0**-53
 
+    def seeds(self, number: int) -> list[int]:
+        """The `number`-th numbers as seeds of 63 bits, one for each sample."""
+        values = _mixed(self._states + np.full(1, number + 1, dtype=np.uint64) * _STEP)
+        return [int(value) for value in values >> np.uint64(1)]
+
 
 def whole(uniform: np.ndarray, count: np.ndarray | int) -> np.ndarray:
     """Uniform numbers in [0, 1) → integers from 0 to `count - 1`."""

@@ -14,7 +14,7 @@ from acmix.data.reader import BatchReader, unreadable
 from acmix.data.resident import Kind, hold_resident
 from acmix.data.sampler import BatchPlan, TrainOrder, val_plans
 from acmix.data.transforms import PixelTransform, build_train_pixels, build_val_pixels
-from acmix.data.workers import WorkerPool, warn_of_little_shared_memory, worker_count
+from acmix.data.workers import WorkerPool, worker_count
 from acmix.errors import UserError
 
 
@@ -49,8 +49,6 @@ class WorkerImages:
     def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
         """The batches of the plans, in order. Raises UserError when a worker dies."""
         for read in self.pool.run(plans):
-            if read.through_pipe:
-                warn_of_little_shared_memory()
             yield read.batch(self._normaliser)
 
 
@@ -68,9 +66,8 @@ class TrainLoader:
         )
         self._rank = rank
         self._raises = config.data.on_error == "raise"
-        normaliser = Normaliser(statistics)
-        self.images: Images = hold_resident(source, config, normaliser) or WorkerImages(
-            source, build_train_pixels(config, statistics), config, normaliser, config.run.seed
+        self.images: Images = hold_resident(source, config, statistics) or WorkerImages(
+            source, build_train_pixels(config, statistics), config, Normaliser(statistics), config.run.seed
         )
 
     def __len__(self) -> int:

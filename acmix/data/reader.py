@@ -16,7 +16,7 @@ from acmix.data.pictures import Picture, choose_decoder, with_decoder
 from acmix.data.sampler import BatchPlan
 from acmix.data.seeding import preserved_generators, seed_generators, stream_seed
 from acmix.data.transforms import Patch, PixelTransform
-from acmix.data.workers import in_worker, share_memory
+from acmix.data.workers import hand_over, in_worker, warn_of_little_shared_memory
 from acmix.errors import UserError
 
 
@@ -31,16 +31,14 @@ class Read(NamedTuple):
     erased: Erased | None = None
     fatal: str | None = None
 
-    @property
-    def through_pipe(self) -> bool:
-        """Whether the pixels had to be sent, for lack of shared memory."""
-        return isinstance(self.pixels, np.ndarray) and self.fatal is None
-
     def batch(self, normaliser: Normaliser) -> Batch:
         """The batch that this becomes. Raises UserError for what the worker could not go on from."""
         if self.fatal:
             raise UserError(self.fatal)
-        values = torch.from_numpy(self.pixels) if isinstance(self.pixels, np.ndarray) else self.pixels
+        values = self.pixels
+        if isinstance(values, np.ndarray):
+            warn_of_little_shared_memory()
+            values = torch.from_numpy(values)
         return Batch(
             images=Pixels(values, normaliser, self.erased, blank=not self.valid.any()),
             targets=torch.from_numpy(self.targets),
@@ -74,8 +72,7 @@ class BatchReader(Dataset):
         )
         try:
             # shared here, because an error when the batch is sent would be lost in a background thread
-            if in_worker() and not share_memory(pixels):
-                read = read._replace(pixels=pixels.numpy())
+            read = read._replace(pixels=hand_over(pixels))
             with nullcontext() if in_worker() else preserved_generators():
                 patches = self._fill(read, plan)
         except UserError as error:  # an exception that crosses processes would arrive wrapped in a traceback

@@ -3,58 +3,75 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Literal
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from acmix.config import Config
-from acmix.data.batch import Batch, Normaliser, Pixels
-from acmix.data.batched import BatchedAugment, why_not_batched
-from acmix.data.datasets import Source
+from acmix.data.batch import Batch, Normaliser
+from acmix.data.batched import BatchedAugment
+from acmix.data.datasets import Source, Statistics
 from acmix.data.decoded import LIMIT, Decoded, Unsuitable, decode_all
-from acmix.data.reader import unreadable
+from acmix.data.reader import Read, unreadable
 from acmix.data.sampler import BatchPlan
+from acmix.data.seeding import preserved_generators
 from acmix.data.transforms import fixed_steps
+from acmix.data.workers import WorkerPool, hand_over, in_worker, worker_count
 from acmix.errors import UserError
 
 Kind = Literal["workers", "resident"]
 
 
-class ResidentImages:
-    """Decoded training images, of which batches are made in this process.
+class ResidentReader(Dataset):
+    """BatchPlan → its pixels, made from decoded images.
 
-    Where an image cannot be read, its place in the batch holds a copy of another, as with loader processes.
+    Where an image cannot be read, its place in the batch holds a copy of another, as with `reader.BatchReader`.
     """
 
-    kind: Kind = "resident"
-
-    def __init__(self, decoded: Decoded, config: Config, normaliser: Normaliser) -> None:
-        self._decoded = decoded
-        self._augment = BatchedAugment(config)
-        self._normaliser = normaliser
+    def __init__(self, decoded: Decoded, augment: BatchedAugment) -> None:
+        self._pixels = decoded.pixels
+        self._targets = decoded.targets
+        self._problems = decoded.problems
         self._unreadable = np.array(sorted(decoded.problems), dtype=np.int64)
+        self._augment = augment
 
-    def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
-        """The batches of the plans, in order."""
-        return map(self._batch, plans)
-
-    def _batch(self, plan: BatchPlan) -> Batch:
+    def __getitem__(self, plan: BatchPlan) -> Read:
         valid = ~np.isin(plan.indices, self._unreadable)
         donors = np.where(valid, np.arange(len(valid)), valid.argmax())
         shown, repeats = plan.indices[donors], plan.repeats[donors]
-        images = self._decoded.pixels[shown]
-        pixels, erased = self._augment(images, plan.epoch, shown, repeats)
-        return Batch(
-            images=Pixels(torch.from_numpy(pixels), self._normaliser, erased, blank=not valid.any()),
-            targets=torch.from_numpy(self._decoded.targets[shown]),
-            ids=torch.from_numpy(plan.indices),
-            valid=torch.from_numpy(valid),
-            errors=[self._decoded.problems[index] for index in plan.indices[~valid].tolist()],
-        )
+        with preserved_generators() if self._augment.one_by_one and not in_worker() else nullcontext():
+            pixels, erased = self._augment(self._pixels[shown], plan.epoch, shown, repeats)
+        errors = [self._problems[index] for index in plan.indices[~valid].tolist()]
+        values = torch.from_numpy(pixels)
+        read = Read(values, self._targets[shown], plan.indices, valid, errors, erased)
+        try:
+            return read._replace(pixels=hand_over(values))
+        except UserError as error:  # an exception that crosses processes would arrive wrapped in a traceback
+            return read._replace(fatal=str(error))
 
 
-def hold_resident(source: Source, config: Config, normaliser: Normaliser) -> ResidentImages | None:
+class ResidentImages:
+    """Training images held in memory; loader processes only where steps take the images one by one."""
+
+    kind: Kind = "resident"
+
+    def __init__(self, decoded: Decoded, config: Config, statistics: Statistics) -> None:
+        augment = BatchedAugment(config, statistics)
+        self._reader = ResidentReader(decoded, augment)
+        self._normaliser = Normaliser(statistics)
+        workers = worker_count(config) if augment.one_by_one else 0
+        self.pool = WorkerPool(self._reader, config, workers) if workers else None
+
+    def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
+        """The batches of the plans, in order. Raises UserError when a worker dies."""
+        reads = map(self._reader.__getitem__, plans) if self.pool is None else self.pool.run(plans)
+        return (read.batch(self._normaliser) for read in reads)
+
+
+def hold_resident(source: Source, config: Config, statistics: Statistics) -> ResidentImages | None:
     """The training images in memory, where `data.loader` asks for it; with `auto` None where they do not fit.
 
     What `auto` decides follows from the images and the config alone. ACMIX_DEBUG=1 prints the reason.
@@ -67,8 +84,6 @@ def hold_resident(source: Source, config: Config, normaliser: Normaliser) -> Res
     data = config.data
     steps = f"{config.augment.crop} {data.size} {data.interpolation}"
     try:
-        if (reason := why_not_batched(config)) is not None:
-            raise Unsuitable(reason)
         decoded = decode_all(source, fixed_steps(config), steps, config, LIMIT if wanted == "auto" else None)
     except Unsuitable as error:
         if wanted == "resident":
@@ -79,4 +94,4 @@ def hold_resident(source: Source, config: Config, normaliser: Normaliser) -> Res
     if decoded.problems and data.on_error == "raise":
         first = decoded.problems[min(decoded.problems)]
         raise UserError(f"{unreadable(first)}, or train without it by data.on_error=skip")
-    return ResidentImages(decoded, config, normaliser)
+    return ResidentImages(decoded, config, statistics)

@@ -34,6 +34,9 @@ class Patch(NamedTuple):
     noise: np.ndarray
 
 
+SingleStep = Callable[[Image.Image], Image.Image]
+"""RGB image → RGB image."""
+
 PixelTransform = Callable[[Image.Image | Picture], tuple[np.ndarray, Patch | None]]
 """RGB image of any size → (H, W, C) uint8, and the part to erase, if any."""
 
@@ -68,11 +71,23 @@ def build_train_pixels(config: Config, statistics: Statistics) -> PixelTransform
     return _ToPixels(steps, config.model.in_chans, augment.erase_prob)
 
 
-def fixed_steps(config: Config) -> Callable[[Image.Image], Image.Image]:
+def fixed_steps(config: Config) -> SingleStep:
     """What an image goes through before the first random number is drawn."""
     size = config.data.size
     steps = {"pad": [_limit_aspect, _Cover(size, config.data.interpolation)], "none": _resize(config, size)}
     return transforms.Compose(steps.get(config.augment.crop, []))
+
+
+def single_steps(config: Config, statistics: Statistics) -> tuple[SingleStep | None, SingleStep | None]:
+    """The crop to a random area and the policy, where the config has them: the steps that take one image at a time.
+
+    Raises UserError for a policy that timm does not understand.
+    """
+    augment = config.augment
+    return (
+        _crop(config)[0] if augment.crop == "random_resized" else None,
+        None if augment.auto_augment is None else _auto_augment(augment.auto_augment, config, statistics),
+    )
 
 
 def build_val_pixels(config: Config) -> PixelTransform:

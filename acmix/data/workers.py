@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -53,8 +54,7 @@ class WorkerPool:
     def __init__(self, dataset: Dataset, config: Config, workers: int) -> None:
         pin = config.data.pin_memory
         self._queue = PlanQueue()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
+        with _many_workers_allowed():
             self._loader: DataLoader = DataLoader(
                 dataset,
                 batch_size=None,
@@ -74,7 +74,7 @@ class WorkerPool:
         """Results of the plans, in order. Raises UserError when a worker dies."""
         self._queue.plans = plans
         with worker_deaths_explained():
-            with _job_signals_blocked():
+            with _job_signals_blocked(), _many_workers_allowed():
                 results = iter(self._loader)
             yield from results
 
@@ -103,18 +103,21 @@ def explain_worker_death(error: BaseException) -> UserError | None:
     return UserError(f"a data loader worker died ({text}). {_MEMORY}")
 
 
-def share_memory(images: torch.Tensor) -> bool:
-    """Move a batch to shared memory, which the main process reads without a copy. Raises UserError.
+def hand_over(pixels: torch.Tensor) -> torch.Tensor | np.ndarray:
+    """The tensor as a loader process returns it: in shared memory, which the main process reads without a copy.
 
-    False where there is too little of it: the batch then has to go through the pipe.
+    Where there is too little of that, an array, which goes through the pipe. Outside of loader processes the tensor as
+    it is. Raises UserError.
     """
+    if not in_worker():
+        return pixels
     try:
-        images.share_memory_()
+        pixels.share_memory_()
     except RuntimeError as error:
         if "open files" in str(error):
             raise UserError(f"{_OPEN_FILES} ({error})") from None
-        return False
-    return True
+        return pixels.numpy()
+    return pixels
 
 
 @cache
@@ -156,6 +159,14 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
     die_with_parent()
+
+
+@contextmanager
+def _many_workers_allowed() -> Iterator[None]:
+    """Without the warning of more workers than cores."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 @contextmanager

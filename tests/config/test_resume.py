@@ -4,7 +4,7 @@ import pytest
 
 from acmix.config import Config
 from acmix.config.errors import schema_keys
-from acmix.config.resume import VERDICTS, changed_keys, describe_changes, refuse_fixed
+from acmix.config.resume import VERDICTS, changed_keys, describe_changes, refuse_fixed, settled
 from acmix.config.yaml import dotted
 from acmix.errors import UserError
 
@@ -47,3 +47,14 @@ def test_a_network_of_other_arguments_is_refused_even_if_the_weights_fit() -> No
     changes = changed_keys(config(model={"kwargs": {"heads": 4}}).model_dump(mode="json"), config(model={"kwargs": {}}))
     with pytest.raises(UserError, match=r"model\.kwargs\.heads was 4, now it is null; give it as it was"):
         refuse_fixed(changes)
+
+
+def test_a_resumed_run_keeps_the_loader_that_it_had_unless_another_is_given() -> None:
+    resident, older = (config(data={"loader": "resident"}).model_dump(mode="json") for _ in range(2))
+    del older["data"]["loader"]
+    assert settled(config(), None).data.loader == "auto"
+    for saved, loader in ((resident, "resident"), (older, "workers")):
+        assert settled(config(), saved).data.loader == loader
+        assert changed_keys(saved, config()) == {}
+    [told] = describe_changes(changed_keys(older, config(data={"loader": "resident"})))
+    assert told.startswith("Changed: data.loader was workers, now resident; the images are augmented by other random")

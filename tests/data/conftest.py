@@ -35,12 +35,12 @@ def make_folder() -> MakeFolder:
 
 @pytest.fixture(scope="session")
 def make_config() -> MakeConfig:
-    """A config from `section__key=value` arguments; images of 16 px, no augmentation but what is asked for."""
+    """A config from `section__key=value` arguments; 16 px, loader processes, no augmentation but what is asked for."""
 
     def make(**settings: Any) -> Config:
         values: dict[str, dict[str, Any]] = {
             "model": {"name": "none"},
-            "data": {"dataset": "digits", "image_size": 16, "batch_size": 4, "num_workers": 0},
+            "data": {"dataset": "digits", "image_size": 16, "batch_size": 4, "num_workers": 0, "loader": "workers"},
             "schedule": {"epochs": 1},
         }
         for name, value in settings.items():

@@ -75,7 +75,13 @@ def test_without_augmentation_both_loaders_give_the_same_batches(make_config: Ma
 
 def test_crops_and_flips_are_exactly_those_of_torchvision_and_equally_likely(make_config: MakeConfig) -> None:
     pad = 2
-    raw = {"data__batch_size": 1437, "data__image_size": 32, "data__mean": 0.0, "data__std": 1.0}
+    raw = {
+        "data__loader": "resident",
+        "data__batch_size": 1437,
+        "data__image_size": 32,
+        "data__mean": 0.0,
+        "data__std": 1.0,
+    }
     config = make_config(**raw, augment__crop="pad", augment__pad=pad)
     plain = make_config(**raw, augment__crop="none", augment__hflip=0.0)
     (whole,) = batches(plain)
@@ -159,24 +165,37 @@ def test_auto_is_resident_where_it_can_be_and_says_why_not(
     tmp_path: Path, make_folder: MakeFolder,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("ACMIX_DEBUG", "1")
-    assert build_data(make_config(augment__crop="pad")).loader == "resident"
-    assert build_data(make_config(augment__crop="pad", data__loader="workers")).loader == "workers"
+    assert build_data(make_config(data__loader="auto")).loader == "resident"
+    assert build_data(make_config(data__loader="workers")).loader == "workers"
     assert capsys.readouterr().err == ""
     root = make_folder(tmp_path)
     Image.new("RGB", (20, 30)).save(root / "train" / "dog" / "999.png")
-    reasons = {
-        "augment.crop random_resized": {"augment__crop": "random_resized"},
-        "differ in size": {"data__dataset": "folder", "data__root": root, "augment__crop": "pad"},
-    }
-    for reason, settings in reasons.items():
-        assert build_data(make_config(**settings)).loader == "workers"
-        assert reason in capsys.readouterr().err
-        with pytest.raises(UserError, match=rf"data.loader: resident cannot be: .*{reason}.*; use data.loader=auto"):
-            build_data(make_config(**settings, data__loader="resident"))
+    unlike = {"data__dataset": "folder", "data__root": root}
+    assert build_data(make_config(**unlike, data__loader="auto")).loader == "workers"
+    assert "differ in size: " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"data.loader: resident cannot be: .*differ in size.*; use data.loader=auto"):
+        build_data(make_config(**unlike, data__loader="resident"))
+    assert build_data(make_config(**unlike, augment__crop="none", data__loader="auto")).loader == "resident"
     monkeypatch.setattr("acmix.data.resident.LIMIT", 1 << 20)
-    assert build_data(make_config(augment__crop="pad")).loader == "workers"
+    assert build_data(make_config(data__loader="auto")).loader == "workers"
     assert "more than 0.000976562" in capsys.readouterr().err
-    assert build_data(make_config(augment__crop="pad", data__loader="resident")).loader == "resident"
+    assert build_data(make_config(data__loader="resident")).loader == "resident"
+
+
+def test_steps_without_a_form_for_batches_take_the_images_one_by_one(make_config: MakeConfig) -> None:
+    steps = {"augment__auto_augment": "rand-m9-mstd0.5-inc1", "augment__crop": "random_resized"}
+    expected = batches(make_config(data__batch_size=100, data__loader="resident", **steps), start=12)
+    assert len({image.numpy().tobytes() for batch in expected for image in batch.images}) > 195
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    workers = make_config(data__batch_size=100, data__loader="resident", data__num_workers=2, **steps)
+    for mine, theirs in zip(batches(workers, start=12), expected, strict=True):
+        assert torch.equal(mine.images, theirs.images)
+    assert torch.equal(torch.get_rng_state(), before)
+    both = [{**steps, "data__batch_size": 1437, "data__loader": kind} for kind in ("resident", "workers")]
+    mine, theirs = (next(build_data(make_config(**settings)).train.epoch(0))[0].images for settings in both)
+    assert stats.ks_2samp(mine.mean(dim=(1, 2, 3)), theirs.mean(dim=(1, 2, 3))).pvalue > 1e-4
+    assert stats.ks_2samp(mine.std(dim=(1, 2, 3)), theirs.std(dim=(1, 2, 3))).pvalue > 1e-4
 
 
 def test_an_image_that_cannot_be_read_stops_the_run_or_is_replaced(

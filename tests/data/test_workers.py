@@ -21,9 +21,11 @@ PATIENCE = 120.0
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
-@pytest.fixture
-def data(make_config: MakeConfig) -> Data:
-    return build_data(make_config(data__batch_size=8, data__num_workers=2, data__prefetch_factor=1))
+@pytest.fixture(params=["workers", "resident"])
+def data(request: pytest.FixtureRequest, make_config: MakeConfig) -> Data:
+    """Both loaders with processes: a resident one has them where images are changed one by one."""
+    settings = {"data__batch_size": 8, "data__num_workers": 2, "data__prefetch_factor": 1}
+    return build_data(make_config(**settings, data__loader=request.param, augment__crop="random_resized"))
 
 
 def worker_pids(data: Data) -> list[int]:

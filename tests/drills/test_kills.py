@@ -17,20 +17,25 @@ EVERYTHING = [
     "schedule.steps=12", "data.train_split=train",
 ]  # fmt: skip
 
+_LONG = [pytest.mark.drill, pytest.mark.timeout(3000)]
+
 
 @pytest.mark.parametrize(
-    ("kills", "ranks", "workers"),
+    ("kills", "ranks", "workers", "loader"),
     [
-        pytest.param(3, 1, 0, id="one process"),
-        pytest.param(35, 1, 0, id="one process, often", marks=[pytest.mark.drill, pytest.mark.timeout(3000)]),
-        pytest.param(20, 2, 2, id="two processes", marks=[pytest.mark.drill, pytest.mark.timeout(3000)]),
+        pytest.param(3, 1, 0, "resident", id="one process"),
+        *(
+            pytest.param(kills, ranks, workers, loader, id=f"{name}, {loader}", marks=_LONG)
+            for loader in ("workers", "resident")
+            for kills, ranks, workers, name in ((35, 1, 0, "one process, often"), (20, 2, 2, "two processes"))
+        ),
     ],
 )
 def test_trainers_killed_at_random_instants(
-    kills: int, ranks: int, workers: int, tmp_path: Path, start_training: Any, run_training: Any,
+    kills: int, ranks: int, workers: int, loader: str, tmp_path: Path, start_training: Any, run_training: Any,
     assert_same_run: Callable[[Path, Path], None], report: Callable[..., None],
 ) -> None:  # fmt: skip
-    options = [*EVERYTHING, f"data.num_workers={workers}"]
+    options = [*EVERYTHING, f"data.num_workers={workers}", f"data.loader={loader}"]
     began = time.monotonic()
     run_training(tmp_path / "whole", *options, ranks=ranks)
     whole_run = time.monotonic() - began
@@ -51,7 +56,9 @@ def test_trainers_killed_at_random_instants(
             done += not finished
         run_training(folder, *options, "--resume", "auto", ranks=ranks)
         assert_same_run(tmp_path / "whole", folder)
-    report(f"SIGKILL of a training run at a random instant ({ranks} process(es))", PROMISE, done, kills)
+    report(
+        f"SIGKILL of a training run at a random instant ({ranks} process(es), loader {loader})", PROMISE, done, kills
+    )
 
 
 @pytest.mark.parametrize(
