@@ -73,7 +73,7 @@ class Picture:
         scale = next(s for s in SCALES if s == 1 or (right - left >= s * width and bottom - top >= s * height))
         pixels = self._pixels(scale)
         if scale == 1 and interpolation in _IN_TORCH:
-            return Image.fromarray(_resized(pixels[top:bottom, left:right], size, interpolation))
+            return _resized(pixels[top:bottom, left:right], size, interpolation)
         # outwards to whole pixels of the decoded image; the exact box is then relative to that
         x, y = left // scale, top // scale
         part = Image.fromarray(np.ascontiguousarray(pixels[y : -(-bottom // scale), x : -(-right // scale)]))
@@ -118,10 +118,11 @@ def with_decoder(source: Source, decoder: Decoder) -> "Source | Pictures":
     return source if files is None else Pictures(files, decoder)
 
 
-def _resized(part: np.ndarray, size: Sequence[int], interpolation: str) -> np.ndarray:
-    """(h, w, 3) → (height, width, 3) with antialiasing, as Pillow resizes up to rounding."""
-    planes = torch.from_numpy(part).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
-    return interpolate(planes, tuple(size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
+def _resized(part: np.ndarray, size: Sequence[int], interpolation: str) -> Image.Image:
+    """(h, w, 3) → an image of that height and width, antialiased as Pillow does up to rounding."""
+    planes = torch.from_numpy(part).permute(2, 0, 1)[None]  # (1, 3, h, w)
+    resized = interpolate(planes, tuple(size), mode=interpolation, antialias=True)[0].numpy()
+    return Image.merge("RGB", [Image.fromarray(np.ascontiguousarray(plane)) for plane in resized])
 
 
 def _by_simplejpeg(data: bytes, size: tuple[int, int], scale: int) -> np.ndarray | None:
