@@ -46,8 +46,13 @@ class BatchedAugment:
         self.one_by_one = self._area is not None or self._policy is not None
         self._noise: np.ndarray | None = None
 
-    def __call__(self, images: np.ndarray, epoch: int, indices: np.ndarray, repeats: np.ndarray) -> tuple:
-        """Images (B, H, W, 3) uint8 of the samples → pixels (B, h, w, C) uint8 and what is to be erased, or None."""
+    def __call__(
+        self, images: np.ndarray, epoch: int, indices: np.ndarray, repeats: np.ndarray
+    ) -> tuple[np.ndarray, Erased | None]:
+        """Images (B, H, W, 3) uint8 of the samples → pixels (B, h, w, C) uint8 and what is to be erased, or None.
+
+        The images may be changed.
+        """
         draws = Draws(self._seed, epoch, indices, repeats)
         pixels = self._cropped(images, draws) if self._area is None else self._each(self._area, images, draws, _CROP)
         if self._augment.hflip:
@@ -74,7 +79,7 @@ class BatchedAugment:
         count, high, wide, channels = images.shape
         tops, lefts = high + 2 * pad - height + 1, wide + 2 * pad - width + 1
         if tops == lefts == 1:
-            return images.copy()
+            return images
         padded = np.zeros((count, high + 2 * pad, wide + 2 * pad, channels), dtype=np.uint8)
         padded[:, pad : pad + high, pad : pad + wide] = images
         image, row, column, channel = padded.strides

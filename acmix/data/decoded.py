@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from acmix.config import Config
-from acmix.cores import usable_cores
+from acmix.cores import cores_per_process, usable_cores
 from acmix.data.datasets import Source
 from acmix.data.images import BadImage
 from acmix.data.sampler import BatchPlan
@@ -36,7 +36,8 @@ LIMIT = 2 << 30
 
 _WORTH_A_FILE = 32 << 20  # bytes; fewer are decoded again in a second
 _FILES = 8 << 30  # bytes of decoded images to keep on disk
-_BLOCK = 256
+_BLOCK = 1 << 20  # bytes that a loader process decodes at a time
+_BLOCKS_EACH = 8  # with fewer for each process, starting one takes longer than it saves
 _CHANNELS = 3
 _TARGET = 8  # bytes
 _FORMAT = 1
@@ -87,21 +88,21 @@ def decode_all(source: Source, fixed: Fixed, steps: str, config: Config, limit: 
         raise Unsuitable(f"decoded, the images have {size / 2**30:.1f} GiB, more than {limit / 2**30:g}")
     fingerprint = getattr(source, "fingerprint", lambda: None)() if size >= _WORTH_A_FILE else None
     if fingerprint is None:
-        return _decode(source, fixed, shape, config)
+        return _decode(source, fixed, shape, config, cores_per_process())
     identity = "\x1f".join([str(_FORMAT), PIL.__version__, steps, str(shape), *source.classes, fingerprint])
     key = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    decoded: Decoded | None = None
     try:
         with _locked(key) as folder:
-            if (found := _open(folder, key, shape)) is None:
-                decoded = _decode(source, fixed, shape, config)
-                if decoded.problems:
-                    return decoded
+            if (kept := _open(folder, key, shape)) is not None:
+                return kept
+            decoded = _decode(source, fixed, shape, config, usable_cores())
+            if not decoded.problems:
                 _write(folder, key, decoded)
-                found = _open(folder, key, shape)
-            return found or decoded
+                decoded = _open(folder, key, shape) or decoded
     except OSError as error:
         print(f"warning: decoded images are not kept on disk: {error}", file=sys.stderr, flush=True)
-        return _decode(source, fixed, shape, config)
+    return decoded or _decode(source, fixed, shape, config, cores_per_process())
 
 
 class _Block(NamedTuple):
@@ -155,14 +156,16 @@ def _shape(source: Source, fixed: Fixed) -> tuple[int, int, int]:
     raise Unsuitable("no image can be read")
 
 
-def _decode(source: Source, fixed: Fixed, shape: tuple[int, int, int], config: Config) -> Decoded:
+def _decode(source: Source, fixed: Fixed, shape: tuple[int, int, int], config: Config, cores: int) -> Decoded:
+    """Decode with `data.num_workers` processes; with `auto` on `cores` cores."""
     count = len(source)
     decoded = Decoded(np.empty((count, math.prod(shape) + _TARGET), dtype=np.uint8), shape)
     pixels = decoded.pixels
     places = np.arange(count, dtype=np.int64)
-    blocks = [places[start : start + _BLOCK] for start in range(0, count, _BLOCK)]
+    each = max(1, _BLOCK // math.prod(shape))
+    blocks = [places[start : start + each] for start in range(0, count, each)]
     asked = config.data.num_workers
-    workers = min(usable_cores() if asked == "auto" else asked, (len(blocks) + 3) // 4)
+    workers = min(cores if asked == "auto" else asked, len(blocks) // _BLOCKS_EACH)
     pool = WorkerPool(_Decoder(source, fixed, shape), config, workers)
     plans = iter([BatchPlan(0, block, np.zeros_like(block)) for block in blocks])
     silent = not sys.stderr.isatty()

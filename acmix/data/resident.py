@@ -58,8 +58,7 @@ class ResidentImages:
 
     kind: Kind = "resident"
 
-    def __init__(self, decoded: Decoded, config: Config, statistics: Statistics) -> None:
-        augment = BatchedAugment(config, statistics)
+    def __init__(self, decoded: Decoded, augment: BatchedAugment, config: Config, statistics: Statistics) -> None:
         self._reader = ResidentReader(decoded, augment)
         self._normaliser = Normaliser(statistics)
         workers = worker_count(config) if augment.one_by_one else 0
@@ -82,6 +81,7 @@ def hold_resident(source: Source, config: Config, statistics: Statistics) -> Res
     if wanted == "workers":
         return None
     data = config.data
+    augment = BatchedAugment(config, statistics)
     steps = f"{config.augment.crop} {data.size} {data.interpolation}"
     try:
         decoded = decode_all(source, fixed_steps(config), steps, config, LIMIT if wanted == "auto" else None)
@@ -94,4 +94,4 @@ def hold_resident(source: Source, config: Config, statistics: Statistics) -> Res
     if decoded.problems and data.on_error == "raise":
         first = decoded.problems[min(decoded.problems)]
         raise UserError(f"{unreadable(first)}, or train without it by data.on_error=skip")
-    return ResidentImages(decoded, config, statistics)
+    return ResidentImages(decoded, augment, config, statistics)
