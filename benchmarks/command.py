@@ -68,6 +68,7 @@ def _parser(description: str, out: Path) -> Arguments:
     add("--steps", type=_positive, help="number of rounds, instead of --seconds")
     add("--no-memory", action="store_true", help="do not measure peak memory")
     add("--authors", type=Path, metavar="PATH", help="clone of github.com/LeapLabTHU/ACmix, for authors:... subjects")
+    add("--photos", type=Path, metavar="FOLDER", help="photographs in class folders, for the suite's rows on loaders")
     add("--json", type=Path, metavar="FILE", help="write the results there too")
     add("--data", metavar="CONFIG", help="time the data of a run instead; see --data CONFIG --help")
     add("--suite", action="store_true", help="measure every target of the device; write RESULTS.md and JSON")
@@ -85,7 +86,7 @@ def _positive(text: str) -> int:
 def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
     prove_writable("--out", options.out, folder=True)
     machine = machine_row(device)
-    suite = Suite(device, options.authors, options.seconds)
+    suite = Suite(device, options.authors, options.seconds, options.photos)
     rows = run_targets(suite, lambda line: print(line, flush=True))
     write_json({"machine": machine, "targets": rows}, options.out / f"results-{device.type}.json")
     write_page(options.out)

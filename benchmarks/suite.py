@@ -54,6 +54,7 @@ class Suite:
 
     Args:
         authors: a clone of the authors' code, or None: rows that compare with it are then not measured.
+        photos: a folder of photographs in class folders, or None: loaders are then not measured.
         seconds: time spent on each side of each comparison, about.
         rooflines: filled while running, by dtype.
     """
@@ -61,6 +62,7 @@ class Suite:
     device: torch.device
     authors: Path | None
     seconds: float = 5.0
+    photos: Path | None = None
     rooflines: dict[str, Roofline] = field(default_factory=dict)
 
     @cached_property

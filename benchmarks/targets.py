@@ -7,6 +7,7 @@ from typing import Any
 
 from acmix.ops.native import cxx_compiler
 from benchmarks.cases import Case, build_case
+from benchmarks.loaders import LOADER_TARGETS
 from benchmarks.measure import Result
 from benchmarks.parity import ParityError, check_parity
 from benchmarks.peak import peak_bytes
@@ -225,4 +226,5 @@ TARGETS: tuple[Target, ...] = (
         True,
         partial(_batch_per_gib, name="acmix_resnet50"),
     ),
+    *LOADER_TARGETS,
 )
