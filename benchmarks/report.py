@@ -15,10 +15,11 @@ from benchmarks.targets import TARGETS
 _PREFACE = """\
 # Benchmarks
 
-Made by `python scripts/benchmark.py --suite --authors CLONE --photos FOLDER`, which writes this page and the JSON beside
-it; do not edit. Every ratio is the median over the rounds of one process in which both sides ran in turn, ± the distance between
-the quartiles; n counts the rounds. What is timed has first passed a parity check against the reference in float64. A
-training step is forward, loss and backward. Peak memory is that of live tensors; weights and inputs are not counted.
+Made by `python scripts/benchmark.py --suite --authors CLONE --photos FOLDER`, which writes this page and the JSON
+beside it; do not edit. Every ratio is the median over the rounds of one process in which both sides ran in turn, ± the
+distance between the quartiles; n counts the rounds. What is timed has first passed a parity check against the reference
+in float64. A training step is forward, loss and backward. Peak memory is that of live tensors; weights and inputs are
+not counted.
 """
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
