@@ -16,7 +16,7 @@ from acmix.data.pictures import Picture, choose_decoder, with_decoder
 from acmix.data.sampler import BatchPlan
 from acmix.data.seeding import preserved_generators, seed_generators, stream_seed
 from acmix.data.transforms import Patch, PixelTransform
-from acmix.data.workers import hand_over, in_worker, warn_of_little_shared_memory
+from acmix.data.workers import blank_pixels, in_worker, warn_of_little_shared_memory
 from acmix.errors import UserError
 
 
@@ -62,9 +62,8 @@ class BatchReader(Dataset):
 
     def __getitem__(self, plan: BatchPlan) -> Read:
         count = len(plan.indices)
-        pixels = torch.zeros(count, *self._shape, dtype=torch.uint8)
         read = Read(
-            pixels=pixels,
+            pixels=np.zeros((0, *self._shape), dtype=np.uint8),
             targets=np.zeros(count, dtype=np.int64),
             ids=plan.indices,
             valid=np.zeros(count, dtype=bool),
@@ -72,11 +71,11 @@ class BatchReader(Dataset):
         )
         try:
             # shared here, because an error when the batch is sent would be lost in a background thread
-            read = read._replace(pixels=hand_over(pixels))
+            read = read._replace(pixels=blank_pixels(count, *self._shape))
             with nullcontext() if in_worker() else preserved_generators():
                 patches = self._fill(read, plan)
         except UserError as error:  # an exception that crosses processes would arrive wrapped in a traceback
-            return read._replace(pixels=np.zeros((0, *self._shape), dtype=np.uint8), fatal=str(error))
+            return read._replace(fatal=str(error))
         if not read.valid.all() and read.valid.any():
             donor = int(read.valid.argmax())
             missing = np.flatnonzero(~read.valid)

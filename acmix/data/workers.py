@@ -1,5 +1,6 @@
 """Loader processes: how they start and end, which signals they ignore, and what is reported when one dies."""
 
+import math
 import signal
 import sys
 import warnings
@@ -103,21 +104,29 @@ def explain_worker_death(error: BaseException) -> UserError | None:
     return UserError(f"a data loader worker died ({text}). {_MEMORY}")
 
 
-def hand_over(pixels: torch.Tensor) -> torch.Tensor | np.ndarray:
-    """The tensor as a loader process returns it: in shared memory, which the main process reads without a copy.
+def blank_pixels(*shape: int) -> torch.Tensor | np.ndarray:
+    """Zeros (uint8) for what this process is to return: in a loader process in shared memory, which the main process
+    reads without a copy.
 
-    Where there is too little of that, an array, which goes through the pipe. Outside of loader processes the tensor as
-    it is. Raises UserError.
+    Where there is too little of that, an array, which goes through the pipe. Raises UserError.
     """
     if not in_worker():
-        return pixels
+        return torch.zeros(shape, dtype=torch.uint8)
     try:
-        pixels.share_memory_()
+        shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function has it
     except RuntimeError as error:
         if "open files" in str(error):
             raise UserError(f"{_OPEN_FILES} ({error})") from None
-        return pixels.numpy()
-    return pixels
+        return np.zeros(shape, dtype=np.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)  # type: ignore[call-overload]
+
+
+def hand_over(pixels: torch.Tensor) -> torch.Tensor | np.ndarray:
+    """The tensor (uint8) as this process is to return it, like `blank_pixels`. Raises UserError."""
+    if not in_worker():
+        return pixels
+    shared = blank_pixels(*pixels.shape)
+    return shared.copy_(pixels) if isinstance(shared, torch.Tensor) else pixels.numpy()
 
 
 @cache
