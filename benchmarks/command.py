@@ -14,6 +14,7 @@ from acmix.errors import UserError
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
 from acmix.process.program import Arguments, run_program
+from benchmarks import data
 from benchmarks.cases import DTYPES, Case, Setting, build_case, is_authors
 from benchmarks.machine import Place, machine_row
 from benchmarks.measure import MODES, Bench, Result
@@ -30,7 +31,10 @@ def run(description: str, out: Path, arguments: Sequence[str] | None = None) -> 
 
     Returns the exit status: 1 if an implementation failed parity and was not timed, 2 for bad usage.
     """
-    return run_program(lambda: _run(_parser(description, out).parse_args(arguments)))
+    given = sys.argv[1:] if arguments is None else arguments
+    if any(text.partition("=")[0] == "--data" for text in given):
+        return run_program(lambda: data.run(given, description))
+    return run_program(lambda: _run(_parser(description, out).parse_args(given)))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -72,7 +76,9 @@ def _parser(description: str, out: Path) -> Arguments:
     add("--steps", type=_positive, help="number of rounds, instead of --seconds")
     add("--no-memory", action="store_true", help="do not measure peak memory")
     add("--authors", type=Path, metavar="PATH", help="clone of github.com/LeapLabTHU/ACmix, for authors:... subjects")
+    add("--photos", type=Path, metavar="FOLDER", help="photographs in class folders, for the suite's rows on loaders")
     add("--json", type=Path, metavar="FILE", help="write the results there too")
+    add("--data", metavar="CONFIG", help="time the data of a run instead; see --data CONFIG --help")
     add("--suite", action="store_true", help="measure every target of the device; write RESULTS.md and JSON")
     add("--only", metavar="KEY[,KEY...]", help="with --suite, only these rows, such as 'resnet26*'; the others stay")
     add("--out", type=Path, default=out, metavar="FOLDER", help="where the suite writes (default: %(default)s)")
@@ -94,7 +100,7 @@ def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
     targets = _chosen(options.only, device)
     prove_writable("--out", options.out, folder=True)
     results = Results(options.out, Place.of(device), TARGETS)
-    suite = Suite(device, options.authors, options.seconds)
+    suite = Suite(device, options.authors, options.seconds, options.photos)
     print(results.place, flush=True)
 
     def keep(row: Row) -> None:

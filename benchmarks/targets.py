@@ -16,6 +16,7 @@ from benchmarks.comparisons import (
     scaling,
     throughput,
 )
+from benchmarks.loaders import LOADER_TARGETS
 from benchmarks.runs import first_step, quickstart_accuracy, quickstart_seconds, trainer
 from benchmarks.suite import Target
 
@@ -122,4 +123,4 @@ def _gpu() -> list[Target]:
     ]
 
 
-TARGETS: tuple[Target, ...] = (*_networks(), *_compiled(), *_parts(), *_runs(), *_gpu())
+TARGETS: tuple[Target, ...] = (*_networks(), *_compiled(), *_parts(), *_runs(), *LOADER_TARGETS, *_gpu())

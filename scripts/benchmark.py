@@ -2,11 +2,13 @@
 
     python scripts/benchmark.py acmix_resnet26 --against resnet26
     python scripts/benchmark.py block:64x56 --impl all --authors CLONE --against authors:block:64x56
-    python scripts/benchmark.py --suite --authors CLONE
+    python scripts/benchmark.py --data CONFIG [KEY.PATH=VALUE ...] [--against timm]
+    python scripts/benchmark.py --suite --authors CLONE --photos FOLDER
 
 A subject is a timm model (ours or another), torchvision:NAME, authors:NAME (resnet26, swin_tiny, ...), or a part of a
 network, CHANNELSxSIZE with sSTRIDE where it strides: block:64x56, block:128x28s2, authors:block:64x56, attention:64x56,
-shift_conv:64x56. CLONE is a clone of github.com/LeapLabTHU/ACmix. The suite writes benchmarks/RESULTS.md and
+shift_conv:64x56. --data times the loader of a run alone, its model alone, and both. CLONE is a clone of
+github.com/LeapLabTHU/ACmix, FOLDER holds photographs in class folders. The suite writes benchmarks/RESULTS.md and
 benchmarks/results-DEVICE.json.
 Exit status: 1 if an implementation differs from the reference and was therefore not timed, 2 for bad usage.
 """

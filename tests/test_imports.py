@@ -24,7 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "acmix.models": ("acmix.layers", "acmix.ops"),
     "acmix.checkpoint": (),
     "acmix.process": ("acmix.config",),
-    "acmix.data": ("acmix.config",),
+    "acmix.data": ("acmix.config", "acmix.checkpoint.atomic"),
     "acmix.telemetry": ("acmix.checkpoint.atomic", "acmix.layers", "acmix.ops"),
     "acmix.engine": (
         "acmix.checkpoint",

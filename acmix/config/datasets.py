@@ -104,6 +104,7 @@ for _dataset in (
     ),
     Dataset("folder", "acmix.data.datasets:open_folder", aliases=("imagefolder", "image_folder")),
     Dataset("tar", "acmix.data.datasets:open_tar"),
+    Dataset("imagenet", "acmix.data.imagenet:open_imagenet"),
     Dataset("wds/", "acmix.data.datasets:open_shards"),
     Dataset("torch/", "acmix.data.timm_source:open_timm", can_download=True),
     Dataset("hfds/", "acmix.data.timm_source:open_timm", needs_root=False),

@@ -12,7 +12,7 @@ from acmix.config.kinds import is_path, is_text, path_keys, takes_null
 from acmix.config.schema import Config
 from acmix.config.yaml import Document, KeyPath, read_yaml
 from acmix.errors import UserError
-from acmix.paths import expand_path
+from acmix.paths import escape_path, expand_path
 
 COMMAND_LINE = "command line"
 _NULLS = ("", "null", "Null", "NULL", "~")
@@ -34,6 +34,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{source}: a config is a mapping of sections, e.g. `model:` with `name: ...` below it")
     origins = {key_path: f"{source}:{line}" for key_path, line in document.lines.items()}
+    config = _resolved(values, overrides, source, origins)
+    if config.run.name is None:
+        config = _with(config, "run", "name", path.stem.lstrip(".") or "config")
+    return config
+
+
+def data_config(root: str, overrides: Sequence[str] = ()) -> Config:
+    """A config for a program that only reads data: the folder at `root`, unless the overrides say something else.
+
+    Raises UserError as `load_config`.
+    """
+    data = {"dataset": "folder", "root": escape_path(root)}
+    values = {"model": {"name": "none"}, "data": data, "schedule": {"epochs": 1}}
+    return _resolved(values, overrides, COMMAND_LINE, {})
+
+
+def _resolved(values: dict[str, Any], overrides: Sequence[str], source: str, origins: dict[KeyPath, str]) -> Config:
     for override in overrides:
         _apply_override(values, override, origins)
     config = _validate(values, source, origins)
@@ -41,8 +58,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if (text := getattr(getattr(config, section), key)) is not None:
             where = origins.get((section, key), source)
             config = _with(config, section, key, expand_path(text, f"{where}: {section}.{key}"))
-    if config.run.name is None:
-        config = _with(config, "run", "name", path.stem.lstrip(".") or "config")
     return config
 
 

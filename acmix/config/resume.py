@@ -76,10 +76,13 @@ VERDICTS: dict[str, Verdict] = {
     "data.val_batch_size": _FREE,
     "data.loader": Verdict("free", "the images are augmented by other random numbers from here on"),
     "data.num_workers": _FREE,
+    "data.cache_dir": _FREE,
+    "data.cache_size": _FREE,
     "data.download": _FREE,
     "data.mean": _IMAGES,
     "data.std": _IMAGES,
     "data.interpolation": _IMAGES,
+    "data.decoder": _IMAGES,
     "data.crop_pct": _SCORES,
     "data.repeated_aug": Verdict("fixed"),
     "data.on_error": _FREE,
@@ -146,15 +149,20 @@ VERDICTS: dict[str, Verdict] = {
 }
 
 
-_BEFORE_THE_KEY = {"data.loader": "workers"}
+_BEFORE_THE_KEY = {"data.loader": "workers", "data.decoder": "pillow"}
 """What runs did that are older than a key, where that is not its default."""
 
 
 def settled(config: Config, saved: Mapping[str, Any] | None) -> Config:
-    """The config with `data.loader: auto` as what the checkpoint to continue was made with; `saved` is its config."""
-    if saved is None or config.data.loader != "auto":
+    """The config with each `auto` as what the checkpoint to continue was made with; `saved` is its config."""
+    if saved is None:
         return config
-    return with_loader(config, saved.get("data", {}).get("loader", _BEFORE_THE_KEY["data.loader"]))
+    before, values = saved.get("data", {}), {}
+    for name, oldest in _BEFORE_THE_KEY.items():
+        key = name.removeprefix("data.")
+        if getattr(config.data, key) == "auto":
+            values[key] = before.get(key, oldest)
+    return config.model_copy(update={"data": config.data.model_copy(update=values)})
 
 
 def with_loader(config: Config, loader: str) -> Config:
@@ -167,7 +175,7 @@ def changed_keys(saved: Mapping[str, Any] | None, config: Config) -> Changes:
 
     `saved` is the config as the checkpoint records it; None, of one that does not, tells of no change. Keys that it
     lacks, because it is older, had their default, or did what `_BEFORE_THE_KEY` says; keys that the schema no longer
-    has are left out. `data.loader: auto` changes nothing.
+    has are left out. `auto` changes nothing.
     """
     if saved is None:
         return {}

@@ -59,10 +59,10 @@ class DataConfig(_Section):
     """Where the images come from and how they are read."""
 
     dataset: Text
-    """digits, cifar10, cifar100, folder, tar, wds/NAME, torch/NAME, hfds/NAME, or a registered dataset."""
+    """digits, cifar10, cifar100, imagenet, folder, tar, wds/NAME, torch/NAME, hfds/NAME, or a registered dataset."""
 
     root: PathText | None = None
-    """Folder (or file) that holds the data; not needed for digits."""
+    """Folder (or file) that holds the data, of shards also http(s)://ADDRESS; not needed for digits."""
 
     train_split: Text = "train"
     """Training split; for folder, a subfolder of root."""
@@ -94,6 +94,12 @@ class DataConfig(_Section):
     num_workers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
     """Loader processes; 0: the training process loads the images itself; auto: by the cores there are."""
 
+    cache_dir: PathText | None = None
+    """For shards on a web server: folder that keeps them; null: $ACMIX_CACHE/shards or ~/.cache/acmix/shards."""
+
+    cache_size: AboveZero | None = None
+    """Gigabytes (10⁹ bytes) that the folder may hold; those used least recently make room; null: no limit."""
+
     download: bool = False
     """Download missing data (cifar10, cifar100, torch/NAME)."""
 
@@ -105,6 +111,9 @@ class DataConfig(_Section):
 
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
     """How images are resized."""
+
+    decoder: Literal["auto", "pillow", "draft", "simplejpeg"] = "auto"
+    """JPEG decoder; auto: simplejpeg, else Pillow's draft mode, with the same pixels; pillow: at full size only."""
 
     crop_pct: Share = 0.875
     """Share of the resized image that the centre crop keeps in validation; up to image_size 64: all of it."""

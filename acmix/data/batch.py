@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acmix.data.buffers import Buffers
 from acmix.data.datasets import Statistics
 
 _CPU = torch.device("cpu")
 _WHITE = 255.0
+_CACHED = 1 << 18  # values
 
 
 class Erased(NamedTuple):
@@ -33,25 +35,40 @@ class Normaliser:
 
     def __init__(self, statistics: Statistics) -> None:
         self._statistics = statistics
-        self._rows: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._buffers = Buffers()
+        self._constants: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, C) uint8, contiguous → the same in float32."""
-        count, _, width, channels = pixels.shape
-        white, mean, std = self._constants(pixels.device, width)
-        values = pixels.view(count, -1, width * channels).to(torch.float32)
-        return values.div_(white).sub_(mean).div_(std).view(pixels.shape)
+    def __call__(self, pixels: Tensor, *, channels_last: bool) -> Tensor:
+        """(B, H, W, C) uint8, contiguous → (B, C, H, W) float32, contiguous or, in memory, channels last."""
+        count, height, width, channels = pixels.shape
+        if channels_last:
+            rows = pixels.view(count, height, width * channels)  # rows keep the arithmetic vectorised
+            values = self._computed(rows, self._repeated(pixels.device, width))
+            return values.view(pixels.shape).permute(0, 3, 1, 2)
+        white, mean, std = self._repeated(pixels.device, 1)
+        return self._computed(pixels.permute(0, 3, 1, 2), (white, mean.view(-1, 1, 1), std.view(-1, 1, 1)))
 
-    def _constants(self, device: torch.device, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """White, mean and deviation of each value of a row of pixels: rows keep the arithmetic vectorised."""
-        if (device, width) not in self._rows:
+    def _computed(self, pixels: Tensor, constants: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The values, contiguous; on the CPU a few images at a time, which stay in the cache."""
+        white, mean, std = constants
+        if pixels.device != _CPU:
+            values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+            return values.div_(white).sub_(mean).div_(std)
+        values, some = self._buffers.empty(pixels.shape), max(1, _CACHED // max(1, pixels[:1].numel()))
+        for part, read in zip(values.split(some), pixels.split(some), strict=True):
+            part.copy_(read).div_(white).sub_(mean).div_(std)
+        return values
+
+    def _repeated(self, device: torch.device, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """White, and mean and deviation of each value of a row of `width` pixels."""
+        if (device, width) not in self._constants:
             mean, std = (
                 torch.tensor(values, dtype=torch.float32, device=device).repeat(width)
                 for values in (self._statistics.mean, self._statistics.std)
             )
             # a tensor, because CUDA divides by a Python number as a product with its rounded inverse
-            self._rows[device, width] = torch.full((1,), _WHITE, device=device), mean, std
-        return self._rows[device, width]
+            self._constants[device, width] = torch.full((1,), _WHITE, device=device), mean, std
+        return self._constants[device, width]
 
 
 @dataclass(frozen=True)
@@ -70,12 +87,12 @@ class Pixels:
 
     def finish(self, device: torch.device, *, channels_last: bool) -> Tensor:
         """Images (B, C, H, W), float32, normalised and erased, on the device; contiguous unless `channels_last`."""
-        images = self.normaliser(self.values.to(device, non_blocking=True)).permute(0, 3, 1, 2)
+        images = self.normaliser(self.values.to(device, non_blocking=True), channels_last=channels_last)
         if self.blank:
             images.zero_()
         if self.erased is not None and len(self.erased.boxes):
             _erase(images, self.erased)
-        return images if channels_last else images.contiguous()
+        return images
 
 
 class Batch:

@@ -120,7 +120,7 @@ class Renumbered:
         if unknown:
             raise UserError(f"unknown classes: {some(unknown)}{likely_meant(unknown, classes)}")
         self.classes = list(classes)
-        self._source = source
+        self.source = source
         self._places = np.asarray(places, dtype=np.int64)
 
     @property
@@ -129,20 +129,25 @@ class Renumbered:
         return sorted(set(self._places.tolist()))
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Decoded RGB image and class index. Raises BadImage."""
-        image, target = self._source.load(index)
+        image, target = self.source.load(index)
         return image, int(self._places[target])
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The bytes of an image file and its class index, of a source of files. Raises BadImage."""
+        data, target = self.source.read(index)  # type: ignore[attr-defined]
+        return data, int(self._places[target])
 
     def describe(self, index: int) -> str:
         """Where the image is and its class, for messages."""
-        return self._source.describe(index)
+        return self.source.describe(index)
 
     def fingerprint(self) -> str | None:
         """What tells the images from all others, where the source knows it."""
-        known: str | None = getattr(self._source, "fingerprint", lambda: None)()
+        known: str | None = getattr(self.source, "fingerprint", lambda: None)()
         return None if known is None else f"{known} {self._places.tolist()}"
 
 

@@ -26,6 +26,8 @@ from acmix.data.classes import (
 )
 from acmix.data.folders import FolderSource, has_class_folders, some
 from acmix.data.labels import Warn, labelled_source
+from acmix.data.remote import is_address, open_remote
+from acmix.data.shards import open_prepared
 from acmix.data.tars import shard_source, tar_source
 from acmix.errors import UserError
 
@@ -51,6 +53,21 @@ class Source(Protocol):
 
     def describe(self, index: int) -> str:
         """Where the image is and its class, for messages."""
+
+
+class FileBacked(Source, Protocol):
+    """A source whose images are files, which can also be had as they are."""
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The bytes of an image file and the class index. Raises acmix.data.images.BadImage."""
+
+
+def as_files(source: Source) -> FileBacked | None:
+    """The source where it can `read` files, else None."""
+    innermost: Source = source
+    while isinstance(innermost, Renumbered):
+        innermost = innermost.source
+    return source if hasattr(innermost, "read") else None  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -158,8 +175,11 @@ def open_tar(data: DataConfig, split: str) -> Source:
 
 
 def open_shards(data: DataConfig, split: str) -> Source:
-    """WebDataset shards."""
-    return shard_source(data_root(data), split)
+    """WebDataset shards: prepared ones by their manifest, others by a look at every member."""
+    if is_address(data.root):
+        return open_remote(data, split)
+    root = data_root(data)
+    return open_prepared(root, split) or shard_source(root, split)
 
 
 def _open_split(config: Config, role: Role, known: Sequence[str] | None, warn: Warn) -> Source:

@@ -56,7 +56,12 @@ class FileSource:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Decoded RGB image and class index. Raises BadImage."""
-        return decode_image(read_image_file(os.path.join(self._split, self._files[index]))), int(self.targets[index])
+        data, target = self.read(index)
+        return decode_image(data), target
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The bytes of the file and class index. Raises BadImage."""
+        return read_image_file(os.path.join(self._split, self._files[index])), int(self.targets[index])
 
     def describe(self, index: int) -> str:
         """Path and class, for messages."""

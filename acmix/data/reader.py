@@ -5,16 +5,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from acmix.config import Config
 from acmix.data.batch import Batch, Erased, Normaliser, Pixels
 from acmix.data.datasets import Source
 from acmix.data.images import BadImage
+from acmix.data.pictures import Picture, choose_decoder, with_decoder
 from acmix.data.sampler import BatchPlan
 from acmix.data.seeding import preserved_generators, seed_generators, stream_seed
 from acmix.data.transforms import Patch, PixelTransform
-from acmix.data.workers import hand_over, in_worker, warn_of_little_shared_memory
+from acmix.data.workers import blank_pixels, in_worker, warn_of_little_shared_memory
 from acmix.errors import UserError
 
 
@@ -53,16 +55,15 @@ class BatchReader(Dataset):
     """
 
     def __init__(self, source: Source, transform: PixelTransform, config: Config, seed: int | None) -> None:
-        self._source = source
+        self._source = with_decoder(source, choose_decoder(config.data.decoder))
         self._transform = transform
         self._shape = (*config.data.size, config.model.in_chans)
         self._seed = seed
 
     def __getitem__(self, plan: BatchPlan) -> Read:
         count = len(plan.indices)
-        pixels = torch.zeros(count, *self._shape, dtype=torch.uint8)
         read = Read(
-            pixels=pixels,
+            pixels=np.zeros((0, *self._shape), dtype=np.uint8),
             targets=np.zeros(count, dtype=np.int64),
             ids=plan.indices,
             valid=np.zeros(count, dtype=bool),
@@ -70,11 +71,11 @@ class BatchReader(Dataset):
         )
         try:
             # shared here, because an error when the batch is sent would be lost in a background thread
-            read = read._replace(pixels=hand_over(pixels))
+            read = read._replace(pixels=blank_pixels(count, *self._shape))
             with nullcontext() if in_worker() else preserved_generators():
                 patches = self._fill(read, plan)
         except UserError as error:  # an exception that crosses processes would arrive wrapped in a traceback
-            return read._replace(pixels=np.zeros((0, *self._shape), dtype=np.uint8), fatal=str(error))
+            return read._replace(fatal=str(error))
         if not read.valid.all() and read.valid.any():
             donor = int(read.valid.argmax())
             missing = np.flatnonzero(~read.valid)
@@ -85,7 +86,8 @@ class BatchReader(Dataset):
 
     def _fill(self, read: Read, plan: BatchPlan) -> dict[int, Patch]:
         """Read the images of a plan; returns what is to be erased, by the place of the image."""
-        image, target, loaded = None, 0, -1
+        image: Image.Image | Picture | None = None
+        target, loaded = 0, -1
         pixels = np.asarray(read.pixels)
         patches: dict[int, Patch] = {}
         for i, (index, repeat) in enumerate(zip(plan.indices.tolist(), plan.repeats.tolist(), strict=True)):
@@ -93,14 +95,14 @@ class BatchReader(Dataset):
                 if index != loaded:  # the copies of repeated augmentation follow one another
                     image, target = self._source.load(index)
                     loaded = index
+                assert image is not None
+                if self._seed is not None:
+                    seed_generators(stream_seed("augment", self._seed, plan.epoch, index, repeat))
+                pixels[i], patch = self._transform(image)
             except BadImage as error:
                 loaded = -1
                 read.errors.append(f"{self._source.describe(index)}: {error.reason}")
                 continue
-            assert image is not None
-            if self._seed is not None:
-                seed_generators(stream_seed("augment", self._seed, plan.epoch, index, repeat))
-            pixels[i], patch = self._transform(image)
             read.targets[i] = target
             read.valid[i] = True
             if patch is not None:

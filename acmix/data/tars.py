@@ -45,10 +45,15 @@ class TarSource:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """Decoded RGB image and class index. Raises BadImage."""
+        data, target = self.read(index)
+        return decode_image(data), target
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The bytes of the member and class index. Raises BadImage."""
         tar, offset, size = (int(value) for value in self._places[index])
         if size > MAX_FILE_BYTES:
             raise BadImage("bomb", f"{size} bytes, over the limit of {MAX_FILE_BYTES}")
-        return decode_image(_read_at(self._tars[tar], offset, size)), int(self.targets[index])
+        return read_at(self._tars[tar], offset, size), int(self.targets[index])
 
     def describe(self, index: int) -> str:
         """Tar, member and class, for messages."""
@@ -181,12 +186,13 @@ def _shard_label(tar: Path, key: str, files: dict[str, Member]) -> str:
 
 def _small_text(tar: Path, member: Member) -> str:
     try:
-        return _read_at(str(tar), member.offset, min(member.size, 1 << 20)).decode("utf-8", "replace")
+        return read_at(str(tar), member.offset, min(member.size, 1 << 20)).decode("utf-8", "replace")
     except BadImage as error:
         raise UserError(f"{tar}: member {member.name}: {error.reason}") from None
 
 
-def _read_at(path: str, offset: int, size: int) -> bytes:
+def read_at(path: str, offset: int, size: int) -> bytes:
+    """A piece of a file. Raises BadImage (unreadable, truncated)."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -17,9 +17,10 @@ from torchvision.transforms.functional import resize
 from acmix.config import Config
 from acmix.data.batch import Erased, Normaliser, Pixels
 from acmix.data.datasets import Statistics
+from acmix.data.pictures import Picture
 from acmix.errors import UserError
 
-Transform = Callable[[Image.Image], torch.Tensor]
+Transform = Callable[[Image.Image | Picture], torch.Tensor]
 """RGB image of any size → (C, H, W) float32, normalised; C is 3, or 1 for grey."""
 
 
@@ -36,7 +37,7 @@ class Patch(NamedTuple):
 SingleStep = Callable[[Image.Image], Image.Image]
 """RGB image → RGB image."""
 
-PixelTransform = Callable[[Image.Image], tuple[np.ndarray, Patch | None]]
+PixelTransform = Callable[[Image.Image | Picture], tuple[np.ndarray, Patch | None]]
 """RGB image of any size → (H, W, C) uint8, and the part to erase, if any."""
 
 _MAX_ASPECT = 16
@@ -94,7 +95,7 @@ def build_val_pixels(config: Config) -> PixelTransform:
     height, width = config.data.size
     share = 1.0 if max(height, width) <= _UNCROPPED_SIZE else config.data.crop_pct
     covered = (math.floor(height / share), math.floor(width / share))
-    return _ToPixels(_resize(config, covered), config.model.in_chans)
+    return _ToPixels([_whole, *_resize(config, covered)], config.model.in_chans)
 
 
 def build_mixup(config: Config, num_classes: int) -> Mixup | None:
@@ -120,14 +121,38 @@ def build_mixup(config: Config, num_classes: int) -> Mixup | None:
 def _crop(config: Config) -> list[Callable]:
     size, augment, interpolation = config.data.size, config.augment, config.data.interpolation
     if augment.crop == "random_resized":
-        return [RandomResizedCropAndInterpolation(size, augment.scale, augment.ratio, interpolation)]
+        return [_RandomResizedCrop(size, augment.scale, augment.ratio, interpolation)]
     if augment.crop == "pad":
-        return [_limit_aspect, _Cover(size, interpolation), transforms.RandomCrop(size, padding=augment.pad)]
-    return _resize(config, size)
+        return [_whole, _limit_aspect, _Cover(size, interpolation), transforms.RandomCrop(size, padding=augment.pad)]
+    return [_whole, *_resize(config, size)]
 
 
 def _resize(config: Config, covered: tuple[int, int]) -> list[Callable]:
     return [_limit_aspect, _Cover(covered, config.data.interpolation), transforms.CenterCrop(config.data.size)]
+
+
+def _whole(image: Image.Image | Picture) -> Image.Image:
+    return image.whole() if isinstance(image, Picture) else image
+
+
+class _RandomResizedCrop(RandomResizedCropAndInterpolation):
+    """timm's crop; of a picture not decoded yet, the pixels of the crop alone are made."""
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        interpolation: str,
+    ) -> None:
+        super().__init__(size, scale, ratio, interpolation)
+        self._filter = interpolation
+
+    def __call__(self, image: Image.Image | Picture) -> Image.Image:
+        if not isinstance(image, Picture):
+            return super().__call__(image)
+        top, left, height, width = self.get_params(image.header, self.scale, self.ratio)
+        return image.crop((left, top, left + width, top + height), self.size, self._filter)
 
 
 class _Cover:
@@ -163,7 +188,7 @@ class _ToPixels:
         self._channels = channels
         self._erasing = RandomErasing(erase_prob, mode="pixel", device="cpu") if erase_prob else None
 
-    def __call__(self, image: Image.Image) -> tuple[np.ndarray, Patch | None]:
+    def __call__(self, image: Image.Image | Picture) -> tuple[np.ndarray, Patch | None]:
         pixels = np.asarray(self._transform(image))
         pixels = pixels.reshape(*pixels.shape[:2], self._channels)
         if self._erasing is None:
@@ -195,7 +220,7 @@ class _Canvas:
 def _finished(transform: PixelTransform, statistics: Statistics) -> Transform:
     normaliser = Normaliser(statistics)
 
-    def finished(image: Image.Image) -> torch.Tensor:
+    def finished(image: Image.Image | Picture) -> torch.Tensor:
         pixels, patch = transform(image)
         erased = None if patch is None else Erased(np.array([(0, *patch.box)]), patch.noise.ravel())
         batch = Pixels(torch.from_numpy(pixels.copy())[None], normaliser, erased)

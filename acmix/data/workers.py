@@ -1,7 +1,6 @@
 """Loader processes: how they start and end, which signals they ignore, and what is reported when one dies."""
 
-import ctypes
-import os
+import math
 import signal
 import sys
 import warnings
@@ -17,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from acmix.config import Config
 from acmix.cores import cores_per_process
+from acmix.data.orphans import die_with_parent
 from acmix.data.sampler import BatchPlan
 from acmix.errors import UserError
 
 _JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1
 _MEMORY = (
     "Likely causes: the machine ran out of memory (the kernel's log says so), or /dev/shm is full or too small. Lower "
     "data.num_workers, data.prefetch_factor or data.batch_size, or give the container more shared memory (docker "
@@ -105,21 +104,29 @@ def explain_worker_death(error: BaseException) -> UserError | None:
     return UserError(f"a data loader worker died ({text}). {_MEMORY}")
 
 
-def hand_over(pixels: torch.Tensor) -> torch.Tensor | np.ndarray:
-    """The tensor as a loader process returns it: in shared memory, which the main process reads without a copy.
+def blank_pixels(*shape: int) -> torch.Tensor | np.ndarray:
+    """Zeros (uint8) for what this process is to return: in a loader process in shared memory, which the main process
+    reads without a copy.
 
-    Where there is too little of that, an array, which goes through the pipe. Outside of loader processes the tensor as
-    it is. Raises UserError.
+    Where there is too little of that, an array, which goes through the pipe. Raises UserError.
     """
     if not in_worker():
-        return pixels
+        return torch.zeros(shape, dtype=torch.uint8)
     try:
-        pixels.share_memory_()
+        shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function has it
     except RuntimeError as error:
         if "open files" in str(error):
             raise UserError(f"{_OPEN_FILES} ({error})") from None
-        return pixels.numpy()
-    return pixels
+        return np.zeros(shape, dtype=np.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)  # type: ignore[call-overload]
+
+
+def hand_over(pixels: torch.Tensor) -> torch.Tensor | np.ndarray:
+    """The tensor (uint8) as this process is to return it, like `blank_pixels`. Raises UserError."""
+    if not in_worker():
+        return pixels
+    shared = blank_pixels(*pixels.shape)
+    return shared.copy_(pixels) if isinstance(shared, torch.Tensor) else pixels.numpy()
 
 
 @cache
@@ -160,11 +167,7 @@ def _start_worker(_: int) -> None:
     for number in _JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the request was made
-            os._exit(1)
+    die_with_parent()
 
 
 @contextmanager

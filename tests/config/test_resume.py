@@ -58,3 +58,13 @@ def test_a_resumed_run_keeps_the_loader_that_it_had_unless_another_is_given() ->
         assert changed_keys(saved, config()) == {}
     [told] = describe_changes(changed_keys(older, config(data={"loader": "resident"})))
     assert told.startswith("Changed: data.loader was workers, now resident; the images are augmented by other random")
+
+
+def test_a_resumed_run_keeps_the_decoder_that_it_had_unless_another_is_given() -> None:
+    saved, older = (config(data={"decoder": "draft"}).model_dump(mode="json") for _ in range(2))
+    del older["data"]["decoder"]
+    assert settled(config(), config().model_dump(mode="json")).data.decoder == "auto"
+    assert settled(config(), saved).data.decoder == "draft"
+    assert settled(config(), older).data.decoder == "pillow", "runs that are older than the key"
+    [told] = describe_changes(changed_keys(older, config(data={"decoder": "simplejpeg"})))
+    assert told == "Changed: data.decoder was pillow, now simplejpeg; the images differ from here on"

@@ -1,0 +1,324 @@
+"""Make prepared shards of any dataset: WebDataset tars of images that are small enough to be decoded quickly.
+
+What is written depends on the images and the options alone, never on the number of processes or on interruptions.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import signal
+import tarfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from acmix.checkpoint.atomic import remove_folder, replacing, write_atomically
+from acmix.data.datasets import Source, as_files
+from acmix.data.images import BadImage, decode_image, open_image
+from acmix.data.orphans import die_with_parent
+from acmix.data.shards import FORMAT, MANIFEST, ROW, Manifest, ShardFile, Split, sha256_of
+from acmix.errors import UserError
+
+IMAGES_PER_SHARD = 4096
+"""About 120 MB at a short side of 256 pixels."""
+
+_FEWEST_SHARDS = 8  # for readers that give each process whole shards
+_CHUNK = 16
+_QUALITY = 90
+_LARGEST_KEY = 10**9
+_STATE = ".prepare"
+
+Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How images are stored.
+
+    short_side: larger images are made smaller, to this; None: no image is
+    quality: of the encoder; None: 90 where an image must be encoded, and JPEG files that fit are taken as they are
+    shards: number of each split; None: one for 4096 images, and 8 at least
+    on_error: for an image that cannot be read: stop, or skip it and list it in the manifest
+    """
+
+    short_side: int | None = None
+    quality: int | None = None
+    format: Literal["jpeg", "webp"] = "jpeg"
+    shards: int | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+
+    @property
+    def suffix(self) -> str:
+        """Of the images' names."""
+        return "jpg" if self.format == "jpeg" else "webp"
+
+
+class _Image(NamedTuple):
+    """An image as it will be stored, or why it cannot be."""
+
+    number: int
+    data: bytes
+    target: int
+    error: str
+
+
+def prepare(
+    sources: Mapping[str, Source],
+    out: Path,
+    options: Options,
+    workers: int = 1,
+    progress: Progress = lambda items, total, name: items,
+) -> Manifest:
+    """Write the shards of each split, and at last the manifest; go on where a killed call left off.
+
+    sources: splits by name; all have the same classes in the same order
+    progress: may wrap the stream of images, given their number and the split, as tqdm does
+
+    Raises UserError: an image that cannot be read (unless they are skipped), an `out` that holds something else, or
+    that another call is writing to.
+    """
+    plan = _plan(sources, options)
+    classes = tuple(next(iter(sources.values())).classes)
+    with _claimed(out, plan) as state:
+        manifest = _finished(out, plan)
+        if manifest is None:
+            writers = [_Writer(out, state, name, sources[name], options, workers, progress) for name in sources]
+            splits = {writer.name: writer.write() for writer in writers}
+            manifest = Manifest(classes, options.suffix, splits, plan)
+            write_atomically(out / MANIFEST, manifest.to_json())
+        remove_folder(state)
+    return manifest
+
+
+class _Writer:
+    """Writes the shards of one split."""
+
+    def __init__(
+        self, out: Path, state: Path, name: str, source: Source, options: Options, workers: int, progress: Progress
+    ) -> None:
+        self.out, self.state, self.name = out, state, name
+        self.source, self.options = source, options
+        self.workers, self.progress = workers, progress
+        count = options.shards or max(_FEWEST_SHARDS, -(-len(source) // IMAGES_PER_SHARD))
+        self.parts = np.array_split(_order(name, len(source)), min(count, len(source)))
+
+    def write(self) -> Split:
+        """The finished split."""
+        done = {shard: state for shard in range(len(self.parts)) if (state := self._state_of(shard)) is not None}
+        missing = [shard for shard in range(len(self.parts)) if shard not in done]
+        numbers = [int(number) for shard in missing for number in self.parts[shard]]
+        stored = _stored(self.source, numbers, self.options, self.workers)
+        images = self.progress(stored, len(numbers), self.name)
+        try:
+            for shard in missing:
+                done[shard] = self._write_shard(shard, images)
+        finally:
+            stored.close()  # ends its processes
+        return self._finish([done[shard] for shard in range(len(self.parts))])
+
+    def _shard_name(self, shard: int) -> str:
+        return f"{self.name}-{shard:06}.tar"
+
+    def _state_of(self, shard: int) -> dict[str, Any] | None:
+        """What an earlier call noted of a shard that it finished."""
+        try:
+            state: dict[str, Any] = json.loads((self.state / f"{self._shard_name(shard)}.json").read_bytes())
+            path = self.out / self._shard_name(shard)
+            return state if os.stat(path).st_size == state["file"]["bytes"] else None
+        except (OSError, ValueError):
+            return None
+
+    def _write_shard(self, shard: int, images: Iterator[_Image]) -> dict[str, Any]:
+        rows, skipped = [], []
+        path = self.out / self._shard_name(shard)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            for _ in range(len(self.parts[shard])):
+                image = next(images)
+                if not image.error:
+                    key = f"{image.number:09}"
+                    offset = _add_member(file, f"{key}.{self.options.suffix}", image.data)
+                    _add_member(file, f"{key}.cls", str(image.target).encode())
+                    rows.append([image.number, offset, len(image.data), image.target, zlib.crc32(image.data)])
+                elif self.options.on_error == "skip":
+                    skipped.append(image.error)
+                else:
+                    way_out = "repair or remove it (scripts/check_data.py lists all), or skip it with --on-error skip"
+                    raise UserError(f"unreadable image: {image.error}; {way_out}")
+            file.write(bytes(2 * tarfile.BLOCKSIZE))
+        file_state = asdict(ShardFile(path.name, path.stat().st_size, sha256_of(path)))
+        state = {"file": file_state, "rows": rows, "skipped": skipped}
+        write_atomically(self.state / f"{path.name}.json", json.dumps(state))
+        return state
+
+    def _finish(self, states: Sequence[dict[str, Any]]) -> Split:
+        rows = [(key, shard, *rest) for shard, state in enumerate(states) for key, *rest in state["rows"]]
+        if not rows:
+            raise UserError(f"split {self.name}: no image could be read: {states[0]['skipped'][0]}")
+        path = self.out / f"{self.name}-index.npy"
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.array(rows, dtype=ROW), allow_pickle=False)
+        index = ShardFile(path.name, path.stat().st_size, sha256_of(path))
+        lengths = tuple(len(state["rows"]) for state in states)
+        skipped = tuple(text for state in states for text in state["skipped"])
+        return Split(self.name, tuple(ShardFile(**state["file"]) for state in states), lengths, index, skipped)
+
+
+def _order(name: str, count: int) -> np.ndarray:
+    """Training images are shuffled once, for readers that stream; of others the order is kept."""
+    if count >= _LARGEST_KEY:
+        raise UserError(f"{count} images: more than a set of shards can name")
+    return np.random.RandomState(0).permutation(count) if name.startswith("train") else np.arange(count)
+
+
+def _add_member(file: io.BufferedWriter, name: str, data: bytes) -> int:
+    """Append a file to a tar, with nothing in the header that differs between calls; returns where its bytes begin."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    file.write(info.tobuf(tarfile.USTAR_FORMAT))
+    offset = file.tell()
+    file.write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
+    return offset
+
+
+def _plan(sources: Mapping[str, Source], options: Options) -> dict[str, Any]:
+    """What decides on the bytes that are written; of the images, their names and classes."""
+    digest = hashlib.sha256()
+    for name, source in sources.items():
+        digest.update(json.dumps([name, len(source), list(source.classes)]).encode())
+        for number in range(len(source)):
+            digest.update(source.describe(number).encode("utf-8", "surrogateescape") + b"\n")
+    return {"format": FORMAT, **asdict(options), "images": digest.hexdigest()}
+
+
+@contextmanager
+def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
+    """Hold the folder for this call alone; yields where the state of unfinished work is kept."""
+    state = out / _STATE
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        with open(state / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{out}: another process is making shards there; wait for it") from None
+            _check_plan(out, state / "plan.json", plan)
+            yield state
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def _check_plan(out: Path, path: Path, plan: dict[str, Any]) -> None:
+    if path.exists():
+        try:
+            before = json.loads(path.read_bytes())
+        except ValueError:
+            before = None
+        if before != plan:
+            raise UserError(f"{out}: holds unfinished shards of other images or options; empty it, or choose another")
+        return
+    if (out / MANIFEST).exists():
+        return
+    strangers = sorted(entry.name for entry in os.scandir(out) if entry.name != _STATE)
+    if strangers:
+        raise UserError(f"{out}: not empty, it holds {strangers[0]}; choose an empty folder for the shards")
+    write_atomically(path, json.dumps(plan))
+
+
+def _finished(out: Path, plan: dict[str, Any]) -> Manifest | None:
+    """The manifest of an earlier call with the same plan. Raises UserError for a set of another plan."""
+    path = out / MANIFEST
+    if not path.exists():
+        return None
+    manifest = Manifest.from_json(path.read_bytes(), str(path))
+    if manifest is None or manifest.made_with != plan:
+        raise UserError(f"{out}: holds shards of other images or options; empty it, or choose another folder")
+    return manifest
+
+
+_source: Source | None = None
+_options = Options()
+
+
+def _hold(source: Source, options: Options) -> None:
+    global _source, _options
+    _source, _options = source, options
+
+
+def _start_process(source: Source, options: Options) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, the main process tells
+    die_with_parent()
+    _hold(source, options)
+
+
+def _stored(source: Source, numbers: Sequence[int], options: Options, workers: int) -> Generator[_Image, None, None]:
+    """The images of those numbers, in that order, as they will be stored; a bounded number of them is held."""
+    _hold(source, options)
+    if workers <= 1:
+        for number in numbers:
+            yield from _store([number])
+        return
+    chunks = iter([numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK)])
+    ahead: deque[Future[list[_Image]]] = deque()
+    pool = ProcessPoolExecutor(workers, initializer=_start_process, initargs=(source, options))
+    try:
+        for chunk in chunks:
+            ahead.append(pool.submit(_store, chunk))
+            if len(ahead) > 4 * workers:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a process was killed, likely for lack of memory; try fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _store(numbers: Sequence[int]) -> list[_Image]:
+    assert _source is not None
+    images = []
+    for number in numbers:
+        try:
+            images.append(_Image(number, *_encoded(_source, number, _options), ""))
+        except BadImage as error:
+            images.append(_Image(number, b"", 0, f"{_source.describe(number)}: {error.reason}"))
+    return images
+
+
+def _encoded(source: Source, number: int, options: Options) -> tuple[bytes, int]:
+    """Bytes and class. A JPEG file that is small enough stays as it is, if it can be decoded."""
+    files = as_files(source)
+    if files is None:
+        image, target = source.load(number)
+    else:
+        data, target = files.read(number)
+        image = decode_image(data)
+        plain = open_image(data)
+        fits = options.short_side is None or min(image.size) <= options.short_side
+        if fits and options.quality is None and options.format == "jpeg" and _is_plain_jpeg(plain):
+            return data, target
+    buffer = io.BytesIO()
+    _shrunk(image, options.short_side).save(buffer, options.format, quality=options.quality or _QUALITY)
+    return buffer.getvalue(), target
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    return image.format == "JPEG" and image.mode in ("RGB", "L")
+
+
+def _shrunk(image: Image.Image, short_side: int | None) -> Image.Image:
+    """The image with its short side as asked, its shape kept; smaller images as they are."""
+    if short_side is None or min(image.size) <= short_side:
+        return image
+    width, height = (max(1, round(side * short_side / min(image.size))) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
