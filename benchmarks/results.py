@@ -1,6 +1,7 @@
 """The rows of the target table that one machine has measured, in one JSON file, each with its revision and date."""
 
 import json
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -92,6 +93,7 @@ def measure_rows(
 def _measure(target: Target, suite: Suite, threads: int) -> Row:
     row: Row = {"key": target.key, "threads": threads, "what": target.what, "target": str(target)}
     row |= occasion_row(suite.device)
+    began = time.perf_counter()
     try:
         if suite.device.type == "cpu":
             need_cores(threads)
@@ -100,7 +102,8 @@ def _measure(target: Target, suite: Suite, threads: int) -> Row:
         return row | {"not_measured": str(reason)}
     except (ParityError, BrokenError) as error:
         return row | {"refused": str(error)}
-    return row | _measured(figure) | {"met": target.met(figure.value.median)}
+    took = {"took_seconds": time.perf_counter() - began}
+    return row | took | _measured(figure) | {"met": target.met(figure.value.median)}
 
 
 def _measured(figure: Figure) -> Row:

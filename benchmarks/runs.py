@@ -37,8 +37,8 @@ def trainer(
 ) -> Figure:
     """Images a second of a run over those of a bare loop with the same model, optimizer and data, in turn.
 
-    Each side takes twice `window` steps a round, of which the second half counts. What the run logs leaves out
-    evaluation and saves.
+    Each side takes twice `window` steps a round, of which the second half counts: the bare loop's by the clock, the
+    run's as it logs them, evaluation and saves left out.
     """
     how = [*overrides, "run.device=cpu", f"run.threads={threads}"]
     how += [f"schedule.steps={2 * window}", f"run.log_every={window}"]

@@ -6,7 +6,7 @@
 #   tests.txt                    pytest -m gpu: parity of the kernels with float64, bitwise repeatability, streams, graphs
 #   tiles.txt, tiles.json        the Triton kernels with other tiles, at the four shapes of a ResNet
 #   shift_conv_*.txt, .json      grouped against densified convolution path, at the same shapes
-#   RESULTS.md, results-cuda.json    the benchmark suite
+#   RESULTS.md, results-cuda-*.json  the benchmark suite
 #
 # Installs nothing and needs no network. PYTHON names the interpreter (python3), AUTHORS a clone of the authors' code for
 # the rows that compare with it. Every step runs even when one before it failed; the exit status is then 1. 2: no GPU.
