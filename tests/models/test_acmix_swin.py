@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from acmix import models  # noqa: F401 - registers the networks
+from acmix.models import acmix_swin
 
 SMALL = {"num_classes": 5, "embed_dim": 8, "heads": (1, 2, 2, 4), "patch_size": 2}
 
@@ -100,3 +100,17 @@ def test_the_shift_is_undone_and_moves_nothing_but_the_windows():
     plain.load_state_dict(model.layers[0].blocks[1].state_dict())
     inner = slice(3, 13)  # away from the seam, a convolution does not see the shift
     torch.testing.assert_close(shifted[:, inner, inner], plain(x)[:, inner, inner])
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_perceptron_takes_parts_in_inference_unless_a_hook_wants_to_see_it_whole(monkeypatch, hooked):
+    monkeypatch.setattr(acmix_swin, "HIDDEN_VALUES", 32 * 9)  # nine pixels of the first stage, which 16 × 16 exceeds
+    model = timm.create_model("acmix_swin_tiny", img_size=32, window_size=4, **SMALL).double().eval()
+    block, x = model.layers[0].blocks[0], torch.randn(2, 16, 16, 8, dtype=torch.float64)
+    want, called = block(x.requires_grad_()), []
+    if hooked:
+        block.mlp.act.register_forward_hook(lambda module, inputs, out: called.append(len(out)))
+    with torch.no_grad():
+        assert block._rows_in_part(x) == (0 if hooked else 9)
+        torch.testing.assert_close(block(x), want)
+    assert called == ([2] if hooked else [])
