@@ -5,254 +5,13 @@
 // so each tap of the kernel is one product with a vector of weights; where the heads are narrower than a vector, it holds
 // several pixels of them. The rows in use are packed into a ring, so that they lie side by side in the cache.
 
-#include "rows.h"
+#include "layout.h"
 
 namespace {
 
-struct Problem {
-    int64_t images, heads, dim, height, width, kernel, stride, dilation;
-    int64_t bands;  // into which the rows of an image are cut
-    int64_t parts;  // of the work on all bands of all images, each with its own sum for the gradient of the weight
-};
-
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int REGISTERS = 32;
-#else
-constexpr int REGISTERS = 16;
-#endif
-#if defined(__AVX__)
-constexpr bool AVX = true;
-#else
-constexpr bool AVX = false;
-#endif
-constexpr int MOST_OUTS = 4, MOST_STEPS = 8;  // of a register tile: outputs, and vectors of each
-constexpr int steps_of(int outs) { return std::min(MOST_STEPS, (REGISTERS == 32 ? 24 : 12) / outs); }
-
-// Keeps a loaded vector in its register: compilers load it again for each of its uses, which then wait for the memory.
-inline void keep(Vec &value) {
-#if defined(__AVX512F__)
-    asm("" : "+v"(value));
-#elif defined(__x86_64__)
-    if constexpr (sizeof(Vec) <= 16 || (sizeof(Vec) == 32 && AVX)) asm("" : "+x"(value));
-#elif defined(__aarch64__)
-    if constexpr (sizeof(Vec) == 16) asm("" : "+w"(value));
-#endif
-}
-
-// Lines of memory that are fetched into the cache ahead of their use, some at a time, so that computing hides the wait.
-struct Ahead {
-    struct Stream {
-        const char *base;
-        const int64_t *offset, *end;
-        bool written;
-    };
-    Stream streams[8];
-    int count = 0, current = 0;
-    int64_t size = 0, burst = 0;
-    void add(const void *base, const std::vector<int64_t> &offsets, bool written = false) {
-        streams[count++] = {static_cast<const char *>(base), offsets.data(), offsets.data() + offsets.size(), written};
-        size += offsets.size();
-    }
-    void begin(int64_t bursts) { burst = (size + bursts - 1) / bursts; }
-    void fetch() {
-        for (int64_t i = 0; i < burst && current < count;) {
-            Stream &stream = streams[current];
-            if (stream.offset == stream.end) {
-                current++;
-                continue;
-            }
-            if (stream.written) __builtin_prefetch(stream.base + *stream.offset++, 1);
-            else __builtin_prefetch(stream.base + *stream.offset++, 0);
-            i++;
-        }
-    }
-};
-
-// The rows that a row of results is summed over. Tap t of each is at offset[t]; its weights are in the order of the taps.
-struct Taps {
-    std::vector<const T *> rows;
-    std::vector<int64_t> first;  // weight of each row, of one output
-    const int64_t *offset;
-    int64_t count;
-    const T *weights;
-    Ahead *ahead;
-};
-
-// STEPS neighbouring vectors of OUTS rows of results.
-template <int OUTS, int STEPS>
-__attribute__((noinline)) void convolve(const Taps &taps, int64_t x, T *out, int64_t out_pitch, int64_t pitch) {
-    Vec sum[OUTS][STEPS] = {};
-    for (size_t row = 0; row < taps.rows.size(); row++) {
-        const T *from = taps.rows[row] + x, *weights = taps.weights + taps.first[row] * OUTS * LANES;
-        taps.ahead->fetch();
-        for (int64_t tap = 0; tap < taps.count; tap++, weights += OUTS * LANES) {
-            const T *values = from + taps.offset[tap];
-#pragma GCC unroll 8
-            for (int i = 0; i < STEPS; i++) {
-                Vec value = load(values + i * LANES);
-                keep(value);
-#pragma GCC unroll 4
-                for (int n = 0; n < OUTS; n++) sum[n][i] += load(weights + n * LANES) * value;
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < OUTS; n++)
-#pragma GCC unroll 8
-        for (int i = 0; i < STEPS; i++) store(out + n * out_pitch + i * pitch, sum[n][i]);
-}
-
-// Pairs of a row of gradients and a row of inputs, whose products are summed over x.
-struct Pairs {
-    std::vector<const T *> grads, inputs;
-    int64_t head_pitch, vectors;
-    Ahead *ahead;
-};
-
-// Adds to sums[tap][n] the products of the gradients of OUTS heads with the inputs of STEPS taps.
-template <int OUTS, int STEPS>
-__attribute__((noinline)) void correlate(const Pairs &pairs, int64_t head, const int64_t *offset, T *sums) {
-    Vec sum[STEPS][OUTS];
-#pragma GCC unroll 8
-    for (int t = 0; t < STEPS; t++)
-#pragma GCC unroll 4
-        for (int n = 0; n < OUTS; n++) sum[t][n] = load(sums + (t * OUTS + n) * LANES);
-    for (size_t row = 0; row < pairs.grads.size(); row++) {
-        const T *grads = pairs.grads[row] + head * pairs.head_pitch, *inputs = pairs.inputs[row];
-        pairs.ahead->fetch();
-        for (int64_t x = 0; x < pairs.vectors; x++, grads += LANES, inputs += LANES) {
-            Vec grad[OUTS];
-#pragma GCC unroll 4
-            for (int n = 0; n < OUTS; n++) grad[n] = load(grads + n * pairs.head_pitch);
-#pragma GCC unroll 8
-            for (int t = 0; t < STEPS; t++) {
-                Vec value = load(inputs + offset[t]);
-                keep(value);
-#pragma GCC unroll 4
-                for (int n = 0; n < OUTS; n++) sum[t][n] += grad[n] * value;
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < STEPS; t++)
-#pragma GCC unroll 4
-        for (int n = 0; n < OUTS; n++) store(sums + (t * OUTS + n) * LANES, sum[t][n]);
-}
-
-using Convolve = void (*)(const Taps &, int64_t, T *, int64_t, int64_t);
-using Correlate = void (*)(const Pairs &, int64_t, const int64_t *, T *);
-
-template <int OUTS, int... I>
-void list_tiles(Convolve *convolves, Correlate *correlates, std::integer_sequence<int, I...>) {
-    ((convolves[I + 1] = convolve<OUTS, I + 1>, correlates[I + 1] = correlate<OUTS, I + 1>), ...);
-}
-
-struct Tiles {
-    Convolve convolve[MOST_OUTS + 1][MOST_STEPS + 1];
-    Correlate correlate[MOST_OUTS + 1][MOST_STEPS + 1];
-    Tiles() { list(std::make_integer_sequence<int, MOST_OUTS>()); }
-    template <int... I>
-    void list(std::integer_sequence<int, I...>) {
-        (list_tiles<I + 1>(convolve[I + 1], correlate[I + 1], std::make_integer_sequence<int, steps_of(I + 1)>()), ...);
-    }
-};
-const Tiles tiles;
-
-struct Piece {
-    int64_t start, size;
-};
-
-int64_t piece_count(int64_t count, int64_t most) { return (count + most - 1) / most; }
-
-// As few and as equal pieces of at most `most` as can be.
-std::vector<Piece> cut(int64_t count, int64_t most) {
-    std::vector<Piece> pieces;
-    for (int64_t start = 0, rest = piece_count(count, most); rest; rest--) {
-        pieces.push_back({start, (count - start) / rest});
-        start += pieces.back().size;
-    }
-    return pieces;
-}
-
-// How N heads and a row of vectors are cut into tiles: fewer outputs of more vectors where that row is short, since the
-// weights, which come from far, then serve more products.
-struct Tiling {
-    std::vector<Piece> heads, vectors[MOST_OUTS + 1];
-    Tiling() = default;
-    Tiling(int64_t count, int64_t length) {
-        bool wide = length >= (steps_of(MOST_OUTS) - 1) * piece_count(length, steps_of(MOST_OUTS));
-        heads = cut(count, wide ? MOST_OUTS : MOST_OUTS - 1);
-        for (int outs = 1; outs <= MOST_OUTS; outs++) vectors[outs] = cut(length, steps_of(outs));
-    }
-};
-
-struct Layout {  // of one block of channels, and of the rows of maps packed for it
-    int64_t heads, inputs, dim, height, width, kernel, stride, dilation, pad, out_height, out_width;
-    int64_t first, valid;     // channels of the block
-    int64_t padded, pixels;   // channels and pixels of a vector: padded * pixels = LANES
-    int64_t vectors;          // of a row of results
-    int64_t phase;            // numbers of a packed row of inputs whose columns have one remainder modulo the stride
-    int64_t input_map, input_row, input_slots;
-    int64_t margin, grad_map, grad_row, grad_slots;
-    int64_t chunk;            // rows of results that are computed together
-    std::vector<int64_t> place;          // of a column in a packed row of an input
-    std::vector<int64_t> result_place;   // of a column in a row of the gradient of an input
-    std::vector<int64_t> input_offset;   // of the taps (input, kx) in a packed row of inputs
-    std::vector<int64_t> grad_offset;    // of the taps (head, kx) in a packed row of gradients, phase by phase
-    std::vector<int64_t> grad_taps;      // where the taps of each phase begin
-    Tiling results;                      // of a row
-    std::vector<Tiling> input_grads;     // of each phase of a row of the gradient of an input
-    std::vector<Piece> correlated;       // heads, as they are correlated together
-
-    Layout(const Problem &p, int64_t block)
-        : heads(p.heads), inputs(3 * p.heads), dim(p.dim), height(p.height), width(p.width), kernel(p.kernel),
-          stride(p.stride), dilation(p.dilation), pad(p.dilation * (p.kernel / 2)),
-          out_height((p.height + p.stride - 1) / p.stride), out_width((p.width + p.stride - 1) / p.stride),
-          first(block * LANES), valid(std::min<int64_t>(LANES, p.dim - first)), padded(1) {
-        while (padded < valid) padded *= 2;
-        pixels = LANES / padded;
-        vectors = (out_width + pixels - 1) / pixels;
-        const int64_t shift = (kernel - 1) * dilation / stride;
-        phase = whole(std::max(vectors * pixels + shift, (width + 2 * pad + stride - 1) / stride) + pixels);
-        input_map = stride * phase;
-        input_row = inputs * input_map;
-        margin = pad / stride;
-        grad_map = whole(margin + std::max(vectors * pixels, (width - 1 + pad) / stride + 1) + pixels);
-        grad_row = heads * grad_map;
-        chunk = std::min(out_height, (48 + vectors - 1) / vectors);
-        input_slots = (chunk - 1) * stride + 2 * pad + 1;
-        grad_slots = chunk + (2 * pad + stride - 1) / stride + 1;
-        for (int64_t x = 0; x < width; x++) {
-            int64_t f = (x + pad) % stride;
-            place.push_back(f * phase + (x + pad) / stride * padded);
-            result_place.push_back(f * phase + (x - column(f)) / stride * padded);
-        }
-        for (int64_t m = 0; m < inputs; m++)
-            for (int64_t kx = 0; kx < kernel; kx++)
-                input_offset.push_back(m * input_map + kx * dilation % stride * phase + kx * dilation / stride * padded);
-        for (int64_t f = 0; f < stride; f++) {
-            grad_taps.push_back(grad_offset.size());
-            for (int64_t n = 0; n < heads; n++)
-                for (int64_t kx = 0; kx < kernel; kx++)
-                    if (kx * dilation % stride == f)
-                        grad_offset.push_back(n * grad_map + (margin + (column(f) + pad - kx * dilation) / stride) * padded);
-        }
-        grad_taps.push_back(grad_offset.size());
-        results = Tiling(heads, vectors);
-        for (int64_t f = 0; f < stride; f++)
-            input_grads.push_back(Tiling(heads, (std::max<int64_t>(0, width - column(f) + stride - 1) / stride + pixels - 1) / pixels));
-        correlated = cut(heads, MOST_OUTS);
-    }
-
-    int64_t whole(int64_t count) const { return (count + pixels - 1) / pixels * LANES; }  // numbers in whole vectors
-    int64_t column(int64_t f) const { return ((f - pad) % stride + stride) % stride; }     // the first one of phase f
-    int64_t taps() const { return kernel * kernel; }
-    int64_t weights() const { return heads * inputs * taps() * LANES; }
-};
-
-// A vector of the block's weights (or their place in a gradient) for an output, an input and a tap.
+// Where the weights of an output, an input and a tap begin.
 inline int64_t weight_place(const Layout &l, int64_t n, int64_t m, int64_t ky, int64_t kx) {
-    return ((n * l.inputs + m) * l.taps() + ky * l.kernel + kx) * l.dim + l.first;
+    return ((n * l.inputs + m) * l.taps() + ky * l.kernel + kx) * l.dim;
 }
 
 inline Vec spread(const Layout &l, const T *weights) {
@@ -306,148 +65,11 @@ void unpack_weight_grad(const Layout &l, const T *packed, T *dweight) {
     });
 }
 
-// A row of q, k or v, its heads from channel l.first on, into a packed row of l.heads maps.
-void pack_input(const Layout &l, const Map &map, const S *row, T *packed, T *line) {
-    for (int64_t m = 0; m < l.heads; m++)  // zeros around the columns
-        for (int64_t f = 0; f < l.stride; f++) {
-            T *begin = packed + m * l.input_map + f * l.phase, *end = begin + l.phase;
-            int64_t x = l.column(f), count = x < l.width ? (l.width - x + l.stride - 1) / l.stride : 0;
-            T *inside = begin + (x + l.pad) / l.stride * l.padded;
-            std::fill(begin, count ? inside : end, T(0));
-            if (count) std::fill(inside + count * l.padded, end, T(0));
-        }
-    const int64_t step = l.dim * map.channel;
-    if (map.channel == 1 && l.valid == LANES) {
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t m = 0; m < l.heads; m++)
-                store(packed + m * l.input_map + l.place[x], read(row + x * map.column + m * step));
-        return;
-    }
-    bool done = map.column == 1 && choose<1, 2, 4, 8, 16>(l.padded, [&](auto padded) {
-        for (int64_t m = 0; m < l.heads; m++) {
-            T *to = packed + m * l.input_map;
-            T *pixels = l.stride == 1 ? to + l.place[0] : line;
-            pixels_from_planes<padded>(row + m * step, map.channel, l.valid, l.width, pixels);
-            for (int64_t x = 0; l.stride > 1 && x < l.width; x++) std::copy_n(line + x * padded, padded, to + l.place[x]);
-        }
-    });
-    done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [&](auto padded) {
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t m = 0; m < l.heads; m++)
-                copy_pixel<padded>(row + x * map.column + m * step, packed + m * l.input_map + l.place[x]);
-    }));
-    if (done) return;
-    for (int64_t m = 0; m < l.heads; m++)
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t c = 0; c < l.padded; c++)
-                packed[m * l.input_map + l.place[x] + c] =
-                    c < l.valid ? T(row[m * step + c * map.channel + x * map.column]) : T(0);
-}
-
-// The inverse of pack_input for gradients.
-void unpack_input_grad(const Layout &l, const Map &map, const T *packed, S *row, T *line) {
-    const int64_t step = l.dim * map.channel;
-    if (map.channel == 1 && l.valid == LANES) {
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t m = 0; m < l.heads; m++)
-                write(row + x * map.column + m * step, load(packed + m * l.input_map + l.result_place[x]));
-        return;
-    }
-    bool done = map.column == 1 && choose<1, 2, 4, 8, 16>(l.padded, [&](auto padded) {
-        for (int64_t m = 0; m < l.heads; m++) {
-            const T *from = packed + m * l.input_map;
-            for (int64_t x = 0; l.stride > 1 && x < l.width; x++) std::copy_n(from + l.result_place[x], padded, line + x * padded);
-            const T *pixels = l.stride == 1 ? from + l.result_place[0] : line;
-            planes_from_pixels<padded>(pixels, map.channel, l.valid, l.width, row + m * step);
-        }
-    });
-    done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [&](auto padded) {
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t m = 0; m < l.heads; m++)
-                copy_pixel<padded>(packed + m * l.input_map + l.result_place[x], row + x * map.column + m * step);
-    }));
-    if (done) return;
-    for (int64_t m = 0; m < l.heads; m++)
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t c = 0; c < l.valid; c++)
-                row[m * step + c * map.channel + x * map.column] = S(packed[m * l.input_map + l.result_place[x] + c]);
-}
-
-// Vectors of a row of outputs whose numbers lie in memory as those of all heads in turn do, none left out; `pitch` from
-// one to the next.
-int64_t mixed_vectors(const Layout &l, const Map &map, int64_t *pitch) {
-    *pitch = l.pixels == 1 ? map.column : LANES * l.heads;
-    bool dense = l.pixels == 1 || map.column == l.padded * l.heads;
-    return map.channel == 1 && l.valid == l.padded && dense ? l.out_width / l.pixels : 0;
-}
-
-// A row of the output's gradient, channels (dim, heads), into a packed row.
-void pack_grad(const Layout &l, const Map &map, const S *row, T *packed) {
-    const int64_t step = l.heads * map.channel;
-    for (int64_t n = 0; n < l.heads; n++) {
-        T *begin = packed + n * l.grad_map, *inside = begin + l.margin * l.padded;
-        std::fill(begin, inside, T(0));
-        std::fill(inside + l.out_width * l.padded, begin + l.grad_map, T(0));
-    }
-    bool done = map.column == 1 && choose<1, 2, 4, 8, 16>(l.padded, [&](auto padded) {
-        for (int64_t n = 0; n < l.heads; n++)
-            pixels_from_planes<padded>(row + n * map.channel, step, l.valid, l.out_width,
-                                       packed + n * l.grad_map + l.margin * l.padded);
-    });
-    if (done) return;
-    int64_t pitch, whole = mixed_vectors(l, map, &pitch);
-    done = whole && choose<1, 2, 3, 4, 6, 8, 12, 16, 24>(l.heads, [&](auto heads) {
-        rows_from_heads<heads>(row, pitch, whole, l.grad_map, packed + l.margin * l.padded);
-    });
-    for (int64_t n = 0; n < l.heads; n++)
-        for (int64_t x = done ? whole * l.pixels : 0; x < l.out_width; x++)
-            for (int64_t c = 0; c < l.padded; c++)
-                packed[n * l.grad_map + (l.margin + x) * l.padded + c] =
-                    c < l.valid ? T(row[c * step + n * map.channel + x * map.column]) : T(0);
-}
-
-// A row of results into the output, channels (dim, heads).
-void unpack_output(const Layout &l, const Map &map, const T *rows, S *row) {
-    const int64_t step = l.heads * map.channel, length = l.vectors * LANES;
-    bool done = map.column == 1 && choose<1, 2, 4, 8, 16>(l.padded, [&](auto padded) {
-        for (int64_t n = 0; n < l.heads; n++)
-            planes_from_pixels<padded>(rows + n * length, step, l.valid, l.out_width, row + n * map.channel);
-    });
-    if (done) return;
-    int64_t pitch, whole = mixed_vectors(l, map, &pitch);
-    done = whole && choose<1, 2, 3, 4, 6, 8, 12, 16, 24>(l.heads, [&](auto heads) {
-        heads_from_rows<heads>(rows, length, whole, pitch, row);
-    });
-    for (int64_t x = done ? whole * l.pixels : 0; x < l.out_width; x++)
-        for (int64_t c = 0; c < l.valid; c++)
-            for (int64_t n = 0; n < l.heads; n++)
-                row[c * step + n * map.channel + x * map.column] = S(rows[n * length + x * l.padded + c]);
-}
-
-// Where the lines of a row of a map lie, `maps` times from `valid` channels with `step` between their first ones.
-std::vector<int64_t> lines(const Map &map, int64_t maps, int64_t step, int64_t apart, int64_t valid, int64_t width) {
-    constexpr int64_t LINE = 64;
-    std::vector<int64_t> offsets;
-    auto add = [&](int64_t first, int64_t count) {
-        int64_t end = (first + count) * sizeof(S);
-        for (int64_t at = first * sizeof(S); at < end; at += LINE)
-            if (offsets.empty() || at < offsets.back() || at >= offsets.back() + LINE) offsets.push_back(at);
-    };
-    if (apart == 1) {
-        for (int64_t x = 0; x < width; x++)
-            for (int64_t m = 0; m < maps; m++) add(x * map.column + m * step, valid);
-    } else if (map.column == 1) {
-        for (int64_t m = 0; m < maps; m++)
-            for (int64_t c = 0; c < valid; c++) add(m * step + c * apart, width);
-    }
-    return offsets;
-}
-
 // Aligned scratch memory, handed out piece by piece.
 struct Memory {
     T *next;
     explicit Memory(int64_t size) {
-        auto address = reinterpret_cast<uintptr_t>(scratch(size + LANES));
+        auto address = reinterpret_cast<uintptr_t>(scratch(size + 8 * LANES));
         next = reinterpret_cast<T *>((address + sizeof(Vec) - 1) / sizeof(Vec) * sizeof(Vec));
     }
     T *take(int64_t size) {
@@ -457,31 +79,11 @@ struct Memory {
     }
 };
 
-// The rows of some maps from `next` on are packed when they are needed, into the slot of their number modulo the slots.
+// Packed rows of maps, each in the slot of its number modulo the slots; those up to `next` are there.
 struct Ring {
     T *data;
     int64_t row, slots, next = 0;
     T *at(int64_t y) const { return data + y % slots * row; }
-    template <class Pack>
-    void advance(int64_t end, Pack pack) {
-        for (; next < end; next++) pack(next, at(next));
-    }
-};
-
-struct Inputs {
-    const Map *maps;
-    Ring ring;
-    T *line;
-    // Packs what the results up to row `end` - 1 read.
-    void advance(const Layout &l, int64_t image, int64_t end) {
-        ring.advance(std::min(l.height, (end - 1) * l.stride + l.pad + 1), [&](int64_t y, T *packed) {
-            for (int64_t i = 0; i < 3; i++) {
-                const Map &map = maps[i];
-                const S *row = map.data + image * map.image + l.first * map.channel + y * map.row;
-                pack_input(l, map, row, packed + i * l.heads * l.input_map, line);
-            }
-        });
-    }
 };
 
 void output_row(const Layout &l, const Ring &inputs, const T *weights, int64_t y, T *rows, Ahead ahead) {
@@ -492,7 +94,7 @@ void output_row(const Layout &l, const Ring &inputs, const T *weights, int64_t y
         taps.rows.push_back(inputs.at(row));
         taps.first.push_back(ky * taps.count);
     }
-    ahead.begin(l.results.heads.size() * l.results.vectors[l.results.heads[0].size].size() * taps.rows.size());
+    ahead.spread(l.results.count() * taps.rows.size());
     for (auto [start, outs] : l.results.heads) {
         for (auto [x, steps] : l.results.vectors[outs])
             tiles.convolve[outs][steps](taps, x * LANES, rows + (start * l.vectors + x) * LANES, l.vectors * LANES, LANES);
@@ -535,7 +137,7 @@ void input_grad_row(const Layout &l, const Ring &grads, const T *weights, int64_
 void weight_grad(const Layout &l, const Ring &inputs, const Ring &grads, int64_t y, int64_t end, T *sums, Ahead ahead) {
     const int64_t taps = l.inputs * l.kernel;
     Pairs pairs{{}, {}, l.grad_map, l.vectors, &ahead};
-    ahead.begin(l.correlated.size() * l.kernel * piece_count(taps, steps_of(l.correlated[0].size)) * (end - y));
+    ahead.spread(l.correlated.size() * l.kernel * l.correlated_taps[l.correlated[0].size].size() * (end - y));
     for (int64_t ky = 0; ky < l.kernel; ky++) {
         pairs.grads.clear(), pairs.inputs.clear();
         for (int64_t i = y; i < end; i++) {
@@ -546,57 +148,177 @@ void weight_grad(const Layout &l, const Ring &inputs, const Ring &grads, int64_t
         }
         for (auto [start, outs] : l.correlated) {
             T *to = sums + (start * l.kernel + ky * outs) * taps * LANES;
-            for (auto [tap, steps] : cut(taps, steps_of(outs)))
+            for (auto [tap, steps] : l.correlated_taps[outs])
                 tiles.correlate[outs][steps](pairs, start, l.input_offset.data() + tap, to + tap * outs * LANES);
         }
     }
 }
 
-int64_t blocks(const Problem &p) { return (p.dim + LANES - 1) / LANES; }
+// q, k and v, and their gradients, where the channels of a block begin.
+struct Inputs {
+    const Layout &l;
+    const Map *maps;
+    int64_t first;
 
-// work(image, first row of results, end) for the bands of a part.
-template <class Work>
-void each_band(const Problem &p, int64_t part, int64_t out_height, Work work) {
-    int64_t units = p.images * p.bands;
-    for (int64_t i = units * part / p.parts; i < units * (part + 1) / p.parts; i++) {
-        int64_t band = i % p.bands;
-        work(i / p.bands, out_height * band / p.bands, out_height * (band + 1) / p.bands);
+    S *row(int64_t i, int64_t image, int64_t y) const {
+        return maps[i].data + image * maps[i].image + first * maps[i].channel + y * maps[i].row;
     }
+    std::vector<int64_t> lines() const {
+        return ::lines(*maps, l.width, l.valid, l.heads, l.dim);
+    }
+    // The end of the rows that the results before row `end` read.
+    int64_t last(int64_t end) const { return std::min(l.height, (end - 1) * l.stride + l.pad + 1); }
+    void pack(Ring &ring, int64_t image, int64_t end, T *line) const {
+        for (; ring.next < end; ring.next++)
+            for (int64_t i = 0; i < 3; i++)
+                pack_input(l, maps[i], row(i, image, ring.next), ring.at(ring.next) + i * l.heads * l.input_map, line);
+    }
+    void fetch(Ahead &ahead, int64_t image, int64_t y, int64_t end, const std::vector<int64_t> &lines, bool written) const {
+        for (; y < end; y++)
+            for (int64_t i = 0; i < 3; i++) ahead.add(row(i, image, y), lines, written);
+    }
+};
+
+// The output or its gradient, where the channels of a block begin.
+struct Results {
+    const Layout &l;
+    const Map &map;
+    int64_t first;
+
+    S *row(int64_t image, int64_t y) const {
+        return map.data + image * map.image + first * l.heads * map.channel + y * map.row;
+    }
+    std::vector<int64_t> lines() const { return ::lines(map, l.out_width, l.valid * l.heads); }
+    // The end of the rows that the gradients of the inputs before row `end` read.
+    int64_t last(int64_t end) const { return std::min(l.out_height, (end - 1 + l.pad) / l.stride + 1); }
+    void pack(Ring &ring, int64_t image, int64_t end) const {
+        for (; ring.next < end; ring.next++) pack_grad(l, map, row(image, ring.next), ring.at(ring.next));
+    }
+};
+
+// The first row that is read for row `y` of the results, or as their gradient.
+int64_t first_input(const Layout &l, int64_t y) { return std::max<int64_t>(0, y * l.stride - l.pad); }
+int64_t first_grad(const Layout &l, int64_t y) { return first_input(l, y) / l.stride; }
+
+int64_t line_size(const Layout &l) { return (l.width + LANES) * LANES; }
+
+struct Forward {
+    const Layout &l;
+    Inputs inputs;
+    Results results;
+    T *weights, *line, *rows;
+    Ring ring;
+    std::vector<int64_t> input_lines, result_lines;
+
+    static int64_t rows_size(const Layout &l) { return (l.heads * l.vectors + LANES) * LANES; }
+    static int64_t size(const Layout &l) {
+        return l.weights() * LANES + l.input_slots * l.input_row + line_size(l) + rows_size(l);
+    }
+    Forward(const Layout &l, const Map *maps, const T *weight, const Map &out, int64_t first, Memory &memory)
+        : l(l), inputs{l, maps, first}, results{l, out, first}, weights(memory.take(l.weights() * LANES)),
+          line(memory.take(line_size(l))), rows(memory.take(rows_size(l))),
+          ring{memory.take(l.input_slots * l.input_row), l.input_row, l.input_slots}, input_lines(inputs.lines()),
+          result_lines(results.lines()) {
+        pack_weights(l, weight + first, weights);
+    }
+    void begin(int64_t y) { ring.next = first_input(l, y); }
+    void advance(int64_t image, int64_t y, int64_t end, int64_t stop) {
+        for (; y < end; y++) {
+            inputs.pack(ring, image, inputs.last(y + 1), line);
+            Ahead ahead;
+            ahead.add(results.row(image, y), result_lines, true);
+            if (y + 1 < stop) inputs.fetch(ahead, image, ring.next, inputs.last(y + 2), input_lines, false);
+            output_row(l, ring, weights, y, rows, ahead);
+            unpack_output(l, results.map, rows, results.row(image, y));
+        }
+    }
+    void finish(int64_t) {}
+};
+
+struct Backward {
+    const Layout &l;
+    Inputs inputs, targets;
+    Results results;
+    T *weights, *sums, *line, *rows, *dweight;
+    Ring ring, grads;
+    std::vector<int64_t> input_lines, target_lines, result_lines;
+    bool direct;
+
+    static int64_t size(const Layout &l) {
+        return 2 * l.weights() * LANES + line_size(l) + l.input_row + LANES * LANES + l.input_slots * l.input_row +
+               l.grad_slots * l.grad_row;
+    }
+    Backward(const Layout &l, const Map &grad, const Map *maps, const T *weight, const Map *dmaps, T *dweight, int64_t first,
+             Memory &memory)
+        : l(l), inputs{l, maps, first}, targets{l, dmaps, first}, results{l, grad, first},
+          weights(memory.take(l.weights() * LANES)), sums(memory.take(l.weights() * LANES)),
+          line(memory.take(line_size(l))), rows(memory.take(l.input_row + LANES * LANES)), dweight(dweight + first),
+          ring{memory.take(l.input_slots * l.input_row), l.input_row, l.input_slots},
+          grads{memory.take(l.grad_slots * l.grad_row), l.grad_row, l.grad_slots}, input_lines(inputs.lines()),
+          target_lines(targets.lines()), result_lines(results.lines()) {
+        direct = std::is_same_v<S, T> && l.valid == LANES;
+        for (int64_t i = 0; i < 3; i++) direct = direct && dmaps[i].channel == 1 && dmaps[i].column == dmaps->column;
+        pack_weights_for_inputs(l, weight + first, weights);
+        std::fill_n(sums, l.weights() * LANES, T(0));
+    }
+    void begin(int64_t y) { ring.next = first_input(l, y), grads.next = first_grad(l, y); }
+    void advance(int64_t image, int64_t y, int64_t end, int64_t stop) {
+        const int64_t top = y * l.stride, bottom = std::min(l.height, end * l.stride);
+        inputs.pack(ring, image, inputs.last(end), line);
+        results.pack(grads, image, results.last(bottom));
+        Ahead ahead;
+        targets.fetch(ahead, image, top, bottom, target_lines, true);
+        weight_grad(l, ring, grads, y, end, sums, ahead);
+        ahead = Ahead();
+        if (end < stop) {
+            int64_t next = std::min(stop, end + l.chunk);
+            inputs.fetch(ahead, image, ring.next, inputs.last(next), input_lines, false);
+            for (int64_t i = grads.next; i < results.last(std::min(l.height, next * l.stride)); i++)
+                ahead.add(results.row(image, i), result_lines);
+        }
+        ahead.spread((bottom - top) * 3 * l.kernel * l.input_grads[0].count());
+        for (int64_t i = top; i < bottom; i++) input_row(image, i, ahead);
+    }
+    void input_row(int64_t image, int64_t y, Ahead &ahead) {
+        Target target{{}, direct ? l.dim : l.input_map, targets.maps->column, direct};
+        for (int64_t i = 0; i < 3; i++)
+            target.row[i] = direct ? reinterpret_cast<T *>(targets.row(i, image, y)) : rows + i * l.heads * l.input_map;
+        input_grad_row(l, grads, weights, y, target, ahead);
+        for (int64_t i = 0; i < 3 && !direct; i++)
+            unpack_input_grad(l, targets.maps[i], target.row[i], targets.row(i, image, y), line);
+    }
+    void finish(int64_t part) { unpack_weight_grad(l, sums, dweight + part * l.weights() * l.dim); }
+};
+
+// Tasks begin..end-1 of parts * blocks of channels. make(layout, first channel, memory) gives the Pass for a block.
+template <class Pass, class Make>
+void run(const Problem &p, int64_t begin, int64_t end, int64_t threads, Make make) {
+    const Layout whole(p, std::min<int64_t>(LANES, p.dim)), tail(p, (p.dim - 1) % LANES + 1);
+    const int64_t blocks = (p.dim + LANES - 1) / LANES, units = p.images * p.bands;
+    parallel(begin, end, threads, [&](int64_t task) {
+        const int64_t part = task / blocks, block = task % blocks;
+        const Layout &l = block + 1 < blocks ? whole : tail;
+        Memory memory(Pass::size(l));
+        Pass pass = make(l, block * LANES, memory);
+        for (int64_t i = units * part / p.parts; i < units * (part + 1) / p.parts; i++) {
+            const int64_t band = i % p.bands, stop = l.out_height * (band + 1) / p.bands;
+            int64_t y = l.out_height * band / p.bands;
+            pass.begin(y);
+            for (; y < stop; y += l.chunk) pass.advance(i / p.bands, y, std::min(stop, y + l.chunk), stop);
+        }
+        pass.finish(part);
+    });
 }
 
 }  // namespace
 
 extern "C" {
 
-// Tasks begin..end-1 of parts * ceil(dim / LANES). weight: (heads, 3 * heads, kernel, kernel, dim), contiguous.
+// weight: (heads, 3 * heads, kernel, kernel, dim), contiguous.
 void forward(const Problem *problem, const Map *maps, const T *weight, const Map *out, int64_t begin, int64_t end,
              int64_t threads) {
-    parallel(begin, end, threads, [&](int64_t task) {
-        const Layout l(*problem, task % blocks(*problem));
-        const int64_t rows_size = l.heads * l.vectors * LANES + LANES * LANES;
-        Memory memory(l.weights() + l.input_slots * l.input_row + l.width * LANES + LANES * LANES + rows_size);
-        T *weights = memory.take(l.weights());
-        Inputs inputs{maps, {memory.take(l.input_slots * l.input_row), l.input_row, l.input_slots},
-                      memory.take(l.width * LANES + LANES * LANES)};
-        T *rows = memory.take(rows_size);
-        pack_weights(l, weight, weights);
-        const auto in_lines = lines(maps[0], l.heads, l.dim * maps[0].channel, maps[0].channel, l.valid, l.width);
-        const auto out_lines = lines(*out, l.pixels == 1 || out->channel != 1 ? l.heads : 1, out->channel == 1 ? l.valid : out->channel, out->channel == 1 ? 1 : l.heads * out->channel, out->channel == 1 && l.pixels > 1 ? l.valid * l.heads : l.valid, l.out_width);
-        each_band(*problem, task / blocks(*problem), l.out_height, [&](int64_t image, int64_t y, int64_t stop) {
-            inputs.ring.next = std::max<int64_t>(0, y * l.stride - l.pad);
-            for (; y < stop; y++) {
-                inputs.advance(l, image, y + 1);
-                S *row = out->data + image * out->image + l.first * l.heads * out->channel + y * out->row;
-                Ahead ahead;
-                ahead.add(row, out_lines, true);
-                if (y + 1 < stop)
-                    for (int64_t i = inputs.ring.next; i < std::min(l.height, y * l.stride + l.stride + l.pad + 1); i++)
-                        for (int64_t j = 0; j < 3 && ahead.count < 8; j++)
-                            ahead.add(maps[j].data + image * maps[j].image + l.first * maps[j].channel + i * maps[j].row, in_lines);
-                output_row(l, inputs.ring, weights, y, rows, ahead);
-                unpack_output(l, *out, rows, row);
-            }
-        });
+    run<Forward>(*problem, begin, end, threads, [&](const Layout &l, int64_t first, Memory &memory) {
+        return Forward(l, maps, weight, *out, first, memory);
     });
 }
 
@@ -604,58 +326,8 @@ void forward(const Problem *problem, const Map *maps, const T *weight, const Map
 // is the gradient of the weight. All are written.
 void backward(const Problem *problem, const Map *grad, const Map *maps, const T *weight, const Map *dmaps, T *dweight,
               int64_t begin, int64_t end, int64_t threads) {
-    parallel(begin, end, threads, [&](int64_t task) {
-        const Layout l(*problem, task % blocks(*problem));
-        const int64_t line_size = l.width * LANES + LANES * LANES, rows_size = l.inputs * l.input_map + LANES * LANES;
-        Memory memory(2 * l.weights() + l.input_slots * l.input_row + l.grad_slots * l.grad_row + line_size + rows_size);
-        T *weights = memory.take(l.weights()), *sums = memory.take(l.weights());
-        Inputs inputs{maps, {memory.take(l.input_slots * l.input_row), l.input_row, l.input_slots}, memory.take(line_size)};
-        Ring grads{memory.take(l.grad_slots * l.grad_row), l.grad_row, l.grad_slots};
-        T *rows = memory.take(rows_size);
-        pack_weights_for_inputs(l, weight, weights);
-        std::fill_n(sums, l.weights(), T(0));
-        const auto in_lines = lines(maps[0], l.heads, l.dim * maps[0].channel, maps[0].channel, l.valid, l.width);
-        const auto dmap_lines = lines(dmaps[0], l.heads, l.dim * dmaps[0].channel, dmaps[0].channel, l.valid, l.width);
-        const auto grad_lines = lines(*grad, l.pixels == 1 || grad->channel != 1 ? l.heads : 1, grad->channel == 1 ? l.valid : grad->channel, grad->channel == 1 ? 1 : l.heads * grad->channel, grad->channel == 1 && l.pixels > 1 ? l.valid * l.heads : l.valid, l.out_width);
-        const bool direct = std::is_same_v<S, T> && dmaps->channel == 1 && l.valid == LANES;
-        auto gradient_rows = [&](int64_t image, int64_t y, Ahead &ahead) {
-            S *to[3];
-            Target target{{}, direct ? l.dim : l.input_map, dmaps->column, direct};
-            for (int64_t i = 0; i < 3; i++) {
-                to[i] = dmaps[i].data + image * dmaps[i].image + l.first * dmaps[i].channel + y * dmaps[i].row;
-                target.row[i] = direct ? reinterpret_cast<T *>(to[i]) : rows + i * l.heads * l.input_map;
-            }
-            input_grad_row(l, grads, weights, y, target, ahead);
-            for (int64_t i = 0; i < 3 && !direct; i++) unpack_input_grad(l, dmaps[i], target.row[i], to[i], inputs.line);
-        };
-        each_band(*problem, task / blocks(*problem), l.out_height, [&](int64_t image, int64_t y, int64_t stop) {
-            inputs.ring.next = std::max<int64_t>(0, y * l.stride - l.pad);
-            grads.next = std::max<int64_t>(0, (y * l.stride - l.pad) / l.stride);
-            for (; y < stop; y += l.chunk) {
-                int64_t last = std::min(stop, y + l.chunk), bottom = std::min(l.height, last * l.stride);
-                inputs.advance(l, image, last);
-                grads.advance(std::min(l.out_height, (bottom - 1 + l.pad) / l.stride + 1), [&](int64_t row, T *packed) {
-                    pack_grad(l, *grad, grad->data + image * grad->image + l.first * l.heads * grad->channel + row * grad->row,
-                              packed);
-                });
-                Ahead targets;
-                for (int64_t i = y * l.stride; i < bottom; i++)
-                    for (int64_t j = 0; j < 3 && targets.count < 8; j++)
-                        targets.add(dmaps[j].data + image * dmaps[j].image + l.first * dmaps[j].channel + i * dmaps[j].row, dmap_lines, true);
-                weight_grad(l, inputs.ring, grads, y, last, sums, targets);
-                Ahead ahead;
-                if (last < stop) {
-                    for (int64_t i = grads.next; i < std::min(l.out_height, grads.next + l.chunk) && ahead.count < 8; i++)
-                        ahead.add(grad->data + image * grad->image + l.first * l.heads * grad->channel + i * grad->row, grad_lines);
-                    for (int64_t i = inputs.ring.next; i < std::min(l.height, inputs.ring.next + l.chunk * l.stride); i++)
-                        for (int64_t j = 0; j < 3 && ahead.count < 8; j++)
-                            ahead.add(maps[j].data + image * maps[j].image + l.first * maps[j].channel + i * maps[j].row, in_lines);
-                }
-                ahead.begin((bottom - y * l.stride) * 3 * l.kernel * l.input_grads[0].heads.size() * l.input_grads[0].vectors[l.input_grads[0].heads[0].size].size());
-                for (int64_t i = y * l.stride; i < bottom; i++) gradient_rows(image, i, ahead);
-            }
-        });
-        unpack_weight_grad(l, sums, dweight + task / blocks(*problem) * l.heads * l.inputs * l.taps() * l.dim);
+    run<Backward>(*problem, begin, end, threads, [&](const Layout &l, int64_t first, Memory &memory) {
+        return Backward(l, *grad, maps, weight, dmaps, dweight, first, memory);
     });
 }
 

@@ -1,0 +1,185 @@
+// Register tiles: the sums of products that the convolution spends its time on.
+
+#pragma once
+
+#include <utility>
+
+#include "maps.h"
+
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+#if defined(__AVX__)
+constexpr bool AVX = true;
+#else
+constexpr bool AVX = false;
+#endif
+constexpr int MOST_OUTS = 4, MOST_STEPS = 8;  // of a register tile: outputs, and vectors of each
+constexpr int steps_of(int outs) { return std::min(MOST_STEPS, (REGISTERS == 32 ? 24 : 12) / outs); }
+
+// Keeps a loaded vector in its register: compilers load it again for each of its uses, which then wait for the memory.
+inline void keep(Vec &value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#elif defined(__x86_64__)
+    if constexpr (sizeof(Vec) <= 16 || (sizeof(Vec) == 32 && AVX)) asm("" : "+x"(value));
+#elif defined(__aarch64__)
+    if constexpr (sizeof(Vec) == 16) asm("" : "+w"(value));
+#endif
+}
+
+// Lines of memory that are fetched into the cache ahead of their use, some at a time, so that computing hides the wait.
+struct Ahead {
+    static constexpr int MOST = 16;  // streams; what is more is not fetched
+    struct Stream {
+        const char *base;
+        const int64_t *offset, *end;
+        bool written;
+    };
+    Stream streams[MOST];
+    int count = 0, current = 0;
+    int64_t size = 0, burst = 0;
+    void add(const void *base, const std::vector<int64_t> &offsets, bool written = false) {
+        if (count == MOST) return;
+        streams[count++] = {static_cast<const char *>(base), offsets.data(), offsets.data() + offsets.size(), written};
+        size += offsets.size();
+    }
+    void spread(int64_t bursts) { burst = (size + bursts - 1) / bursts; }
+    void fetch() {
+        for (int64_t i = 0; i < burst && current < count;) {
+            Stream &stream = streams[current];
+            if (stream.offset == stream.end) {
+                current++;
+                continue;
+            }
+            if (stream.written) __builtin_prefetch(stream.base + *stream.offset++, 1);
+            else __builtin_prefetch(stream.base + *stream.offset++, 0);
+            i++;
+        }
+    }
+};
+
+// The rows that a row of results is summed over. Tap t of each is at offset[t]; its weights are in the order of the taps.
+struct Taps {
+    std::vector<const T *> rows;
+    std::vector<int64_t> first;  // weight of each row, of one output
+    const int64_t *offset;
+    int64_t count;
+    const T *weights;
+    Ahead *ahead;
+};
+
+// STEPS neighbouring vectors of OUTS rows of results.
+template <int OUTS, int STEPS>
+__attribute__((noinline)) void convolve(const Taps &taps, int64_t x, T *out, int64_t out_pitch, int64_t pitch) {
+    Vec sum[OUTS][STEPS] = {};
+    for (size_t row = 0; row < taps.rows.size(); row++) {
+        const T *from = taps.rows[row] + x, *weights = taps.weights + taps.first[row] * OUTS * LANES;
+        taps.ahead->fetch();
+        for (int64_t tap = 0; tap < taps.count; tap++, weights += OUTS * LANES) {
+            const T *values = from + taps.offset[tap];
+#pragma GCC unroll 8
+            for (int i = 0; i < STEPS; i++) {
+                Vec value = load(values + i * LANES);
+                keep(value);
+#pragma GCC unroll 4
+                for (int n = 0; n < OUTS; n++) sum[n][i] += load(weights + n * LANES) * value;
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < OUTS; n++)
+#pragma GCC unroll 8
+        for (int i = 0; i < STEPS; i++) store(out + n * out_pitch + i * pitch, sum[n][i]);
+}
+
+// Pairs of a row of gradients and a row of inputs, whose products are summed over x.
+struct Pairs {
+    std::vector<const T *> grads, inputs;
+    int64_t head_pitch, vectors;
+    Ahead *ahead;
+};
+
+// Adds to sums[tap][n] the products of the gradients of OUTS heads with the inputs of STEPS taps.
+template <int OUTS, int STEPS>
+__attribute__((noinline)) void correlate(const Pairs &pairs, int64_t head, const int64_t *offset, T *sums) {
+    Vec sum[STEPS][OUTS];
+#pragma GCC unroll 8
+    for (int t = 0; t < STEPS; t++)
+#pragma GCC unroll 4
+        for (int n = 0; n < OUTS; n++) sum[t][n] = load(sums + (t * OUTS + n) * LANES);
+    for (size_t row = 0; row < pairs.grads.size(); row++) {
+        const T *grads = pairs.grads[row] + head * pairs.head_pitch, *inputs = pairs.inputs[row];
+        pairs.ahead->fetch();
+        for (int64_t x = 0; x < pairs.vectors; x++, grads += LANES, inputs += LANES) {
+            Vec grad[OUTS];
+#pragma GCC unroll 4
+            for (int n = 0; n < OUTS; n++) grad[n] = load(grads + n * pairs.head_pitch);
+#pragma GCC unroll 8
+            for (int t = 0; t < STEPS; t++) {
+                Vec value = load(inputs + offset[t]);
+                keep(value);
+#pragma GCC unroll 4
+                for (int n = 0; n < OUTS; n++) sum[t][n] += grad[n] * value;
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < STEPS; t++)
+#pragma GCC unroll 4
+        for (int n = 0; n < OUTS; n++) store(sums + (t * OUTS + n) * LANES, sum[t][n]);
+}
+
+using Convolve = void (*)(const Taps &, int64_t, T *, int64_t, int64_t);
+using Correlate = void (*)(const Pairs &, int64_t, const int64_t *, T *);
+
+template <int OUTS, int... I>
+void list_tiles(Convolve *convolves, Correlate *correlates, std::integer_sequence<int, I...>) {
+    ((convolves[I + 1] = convolve<OUTS, I + 1>, correlates[I + 1] = correlate<OUTS, I + 1>), ...);
+}
+
+struct Tiles {
+    Convolve convolve[MOST_OUTS + 1][MOST_STEPS + 1];
+    Correlate correlate[MOST_OUTS + 1][MOST_STEPS + 1];
+    Tiles() { list(std::make_integer_sequence<int, MOST_OUTS>()); }
+    template <int... I>
+    void list(std::integer_sequence<int, I...>) {
+        (list_tiles<I + 1>(convolve[I + 1], correlate[I + 1], std::make_integer_sequence<int, steps_of(I + 1)>()), ...);
+    }
+};
+const Tiles tiles;
+
+struct Piece {
+    int64_t start, size;
+};
+
+int64_t piece_count(int64_t count, int64_t most) { return (count + most - 1) / most; }
+
+// As few and as equal pieces of at most `most` as can be.
+std::vector<Piece> cut(int64_t count, int64_t most) {
+    std::vector<Piece> pieces;
+    for (int64_t start = 0, rest = piece_count(count, most); rest; rest--) {
+        pieces.push_back({start, (count - start) / rest});
+        start += pieces.back().size;
+    }
+    return pieces;
+}
+
+// How N heads and a row of vectors are cut into tiles: fewer outputs of more vectors where that row is short, since the
+// weights, which come from far, then serve more products.
+struct Tiling {
+    std::vector<Piece> heads, vectors[MOST_OUTS + 1];
+    Tiling() = default;
+    Tiling(int64_t count, int64_t length) {
+        bool wide = length >= (steps_of(MOST_OUTS) - 1) * piece_count(length, steps_of(MOST_OUTS));
+        heads = cut(count, wide ? MOST_OUTS : MOST_OUTS - 1);
+        for (int outs = 1; outs <= MOST_OUTS; outs++) vectors[outs] = cut(length, steps_of(outs));
+    }
+    int64_t count() const { return heads.size() * vectors[heads[0].size].size(); }
+};
+
+}  // namespace
