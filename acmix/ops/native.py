@@ -23,6 +23,8 @@ _SOURCES = Path(__file__).parent
 # In C++, of what is computed with (T) and of what maps may hold (S).
 _SCALARS = {torch.float32: ("float", 4), torch.float64: ("double", 8)}
 _STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "Bfloat16"}
+# Bytes of a vector register.
+_VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
 # Contraction to fused multiply-adds is wanted; nothing here may assume that numbers are finite.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno",
           "-fno-trapping-math")  # fmt: skip
@@ -56,9 +58,9 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def lanes(width: int, dtype: torch.dtype) -> int:
-    """Numbers per vector: 64 bytes, or 32 for rows that would leave half of them idle."""
-    most = 64 // _SCALARS[dtype][1]
-    return most // 2 if width <= most // 2 else most
+    """Numbers per vector: a whole register, or half of one for rows that would leave the other half idle."""
+    most = _VECTOR_BYTES // _SCALARS[dtype][1]
+    return most // 2 if width <= most // 2 and _VECTOR_BYTES > 16 else most
 
 
 def stored(dtype: torch.dtype) -> torch.dtype:
@@ -147,22 +149,21 @@ def _is_intact(library: Path) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def refusal(source: str, device: torch.device, dtype: torch.dtype, kernel_size: int | None = None) -> str | None:
-    """Why `source` cannot run on maps of this device and dtype; None once it is compiled, for rows of whole vectors.
+def refusal(source: str, device: torch.device, dtype: torch.dtype, **macros: int) -> str | None:
+    """Why `source` cannot run on maps of this device and dtype; None once it is compiled with these macros.
 
     Args:
         source: file below this folder.
-        kernel_size: macro K of the source; None for a source without it.
+        macros: LANES may be left out, for rows of whole vectors.
     """
     if device.type != "cpu":
         return f"it is written for the CPU, the tensors are on {device}"
-    return _compiler_refusal(source, torch.promote_types(dtype, torch.float32), kernel_size)
+    return _compiler_refusal(source, stored(dtype), **macros)
 
 
 @cache
-def _compiler_refusal(source: str, dtype: torch.dtype, kernel_size: int | None) -> str | None:
-    macros = {} if kernel_size is None else {"K": kernel_size}
-    macros["LANES"] = lanes(sys.maxsize, dtype)
+def _compiler_refusal(source: str, dtype: torch.dtype, **macros: int) -> str | None:
+    macros = {"LANES": lanes(sys.maxsize, torch.promote_types(dtype, torch.float32))} | macros
     try:
         library(source, dtype, **macros)
     except (RuntimeError, OSError) as error:

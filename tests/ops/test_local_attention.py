@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from acmix.ops import local_attention, shift_conv
-from acmix.ops.local_attention import dense, tiled
+from acmix.ops import local_attention, native, shift_conv
+from acmix.ops.implementations import Window
+from acmix.ops.local_attention import cpp, dense, tiled
 from acmix.ops.native import cxx_compiler
 from acmix.testing import AttentionCase as Case
 from acmix.testing import assert_parity
@@ -94,17 +96,64 @@ def test_results_do_not_depend_on_the_tile(tile: tuple[int, int], monkeypatch: p
 
 
 @needs_compiler
-def test_cpp_gives_the_same_bits_for_any_number_of_threads() -> None:
-    case = Case(heads=3, head_dim=8, height=9, width=20, kernel_size=5)
+@pytest.mark.parametrize("head_dim", [4, 16])
+def test_cpp_gives_the_same_bits_for_any_number_of_threads(head_dim: int) -> None:
+    case = Case(heads=4, head_dim=head_dim, height=9, width=20, kernel_size=7, layout="channels_last")
     inputs, before = case.inputs(), torch.get_num_threads()
+    results = []
     try:
-        torch.set_num_threads(1)
-        alone = case.run(inputs, "cpp")
-        torch.set_num_threads(4)
-        shared = case.run(inputs, "cpp")
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(case.run(inputs, "cpp"))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_cpp_adds_a_multiple_to_maps_of_any_strides(channels_last: bool, dtype: torch.dtype, stride: int) -> None:
+    """What both paths together rely on: q, k, v and their gradients are slices of one map."""
+    case = Case(heads=2, head_dim=16, height=10, width=19, kernel_size=7, stride=stride, dtype=dtype)
+    window, alpha = Window(7, stride, 1), 0.3
+    *inputs, grad_out = case.inputs()
+    leaves = [t.double().requires_grad_() for t in (*inputs, torch.tensor(alpha))]
+    exact = leaves[-1] * local_attention(*leaves[:-1], 7, stride, "reference")
+    exact_grads = torch.autograd.grad(exact, leaves, grad_out.double())
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    together = torch.cat(inputs[:3], 1).contiguous(memory_format=layout)
+    grads = torch.ones_like(together)
+    out = torch.ones_like(grad_out).contiguous(memory_format=layout)
+    lse = cpp.empty_lse(together.chunk(3, 1)[0], case.head_dim, window)
+    cpp.attend(*together.chunk(3, 1), inputs[3], window, out, lse, alpha, accumulate=True)
+    dposition, dalpha = cpp.attend_backward(
+        grad_out, *together.chunk(3, 1), inputs[3], window, lse, *grads.chunk(3, 1), alpha, accumulate=True
+    )
+    results = (out, *grads.chunk(3, 1), dposition, dalpha)
+    expected = (exact + 1, *(g + 1 for g in exact_grads[:3]), *exact_grads[3:])
+    for result, target in zip(results, expected, strict=True):
+        # sums of some 10^4 numbers, and the roundings of the operands and the result
+        torch.testing.assert_close(
+            result.double(), target, rtol=0, atol=8 * torch.finfo(dtype).eps * target.abs().max().item()
+        )
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs the compiler's options for x86-64")
+@pytest.mark.parametrize(("target", "register"), [(("-mavx2", "-mfma"), 32), ((), 16)], ids=["AVX2", "SSE2"])
+def test_cpp_is_right_with_shorter_vectors(
+    target: tuple[str, ...], register: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_FLAGS", (*(flag for flag in native._FLAGS if flag != "-march=native"), *target))
+    monkeypatch.setattr(native, "_VECTOR_BYTES", register)
+    native.library.cache_clear()
+    for stride, layout in ((1, "channels_last"), (2, "contiguous")):
+        assert_parity(Case(2, 24, 13, 11, kernel_size=7, stride=stride, layout=layout), "cpp")
+    native.library.cache_clear()
 
 
 def golden_block(name: str, impl: str, conv_impl: str) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -16,9 +16,6 @@
 
 #include "maps.h"
 
-#ifndef CHANNELS
-#define CHANNELS LANES
-#endif
 
 #include <utility>
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from acmix.ops import native
 from acmix.ops.implementations import Window
+from acmix.ops.local_attention.implementations import cpp_macros
 from acmix.ops.maps import empty_like_layout
 
 
@@ -95,20 +96,11 @@ def attend_backward(
 def _prepare(q: Tensor, dim: int, window: Window) -> tuple[ctypes.CDLL, ctypes.Array[c_int64], int]:
     """The library for maps like q, the problem, and the number of its tasks."""
     batch, channels, height, width = q.shape
-    heads, wide = channels // dim, torch.promote_types(q.dtype, torch.float32)
-    lanes = native.lanes(window.out_size(height, width)[1], wide)
-    macros = {"K": window.kernel_size, "LANES": lanes, "CHANNELS": channel_lanes(dim, wide)}
-    library = native.library("local_attention/attention.cpp", q.dtype, **macros)
+    heads, width_out = channels // dim, window.out_size(height, width)[1]
+    library = native.library("local_attention/attention.cpp", q.dtype, **cpp_macros(q.dtype, dim, window, width_out))
     group = _heads_together(batch * heads, heads, dim * q.itemsize)
     problem = native.sizes(heads, dim, height, width, window.stride, window.dilation, group)
     return library, problem, batch * heads // group
-
-
-def channel_lanes(dim: int, dtype: torch.dtype) -> int:
-    """Channels per vector: what divides the head width, unless that is too little; absent channels are zeros."""
-    most = 64 // dtype.itemsize
-    divisor = min(most, dim & -dim)
-    return divisor if divisor >= most // 2 else min(most, max(4, 1 << (dim - 1).bit_length()))
 
 
 def _heads_together(tasks: int, heads: int, head_bytes: int) -> int:
