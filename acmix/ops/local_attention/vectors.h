@@ -87,20 +87,19 @@ inline void narrow(S *p, V v) {
     }
 }
 
-// The first `count` lanes of a vector of pixels. Compilers make masked accesses of these loops.
+// The first `count` lanes of a vector of pixels.
 inline Vec widen_some(const S *p, int64_t count) {
-    S some[LANES];
-#pragma GCC unroll 1
-    for (int x = 0; x < LANES; x++) some[x] = x < count ? p[x] : S(0);
+    S some[LANES] = {};
+    std::memcpy(some, p, count * sizeof(S));
     return widen<Vec>(some);
 }
 
+// A loop would become a masked store, for which GCC 12 takes an instruction (vextractf64x4) that also touches what the
+// mask leaves out: a fault where a map ends with its page.
 inline void narrow_some(S *p, Vec v, int64_t count) {
     S some[LANES];
     narrow<Vec>(some, v);
-#pragma GCC unroll 1
-    for (int x = 0; x < LANES; x++)
-        if (x < count) p[x] = some[x];
+    std::memcpy(p, some, count * sizeof(S));
 }
 
 // Lanes of a and b: FROM, FROM + STEP, ... where STEP is given; else from FROM on of each in turn.
