@@ -348,7 +348,8 @@ void forward(const Problem *problem, const Map *q, const Map *k, const Map *v, c
     parallel(begin, end, threads, [&](int64_t i) {
         auto at = [&](const Map *map) { return heads_of(map, *problem, i); };
         T *logs = lse ? lse + i * s.group * s.out_height * s.out_width : nullptr;
-        Forward task{{s, Sums(s), at(q), at(k), at(v), position, Prefetch(s)}, at(out), T(alpha), accumulate != 0, logs};
+        Forward task{{s, Sums(s), at(q), at(k), at(v), position, Prefetch(s)},
+                     at(out), T(alpha), accumulate != 0, logs};
         task.run();
     });
 }
