@@ -1,6 +1,5 @@
 """Fixtures for every test: a launcher of real programs; where a drill writes down what it tried and what survived."""
 
-import hashlib
 import json
 import os
 import signal
@@ -16,18 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from acmix.process.compiled import keep_compiled
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
 
-def _fingerprint() -> str:
-    """Changes with every change of the package."""
-    files = sorted((Path(__file__).parents[1] / "acmix").rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-# Inductor keeps what it compiled by the graph alone: with operations of ours in it, that may be from before a change.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/acmix-tests-inductor-{_fingerprint()}")
+keep_compiled(Path(tempfile.gettempdir()) / "acmix-tests-compiled")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores

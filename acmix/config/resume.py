@@ -125,6 +125,7 @@ VERDICTS: dict[str, Verdict] = {
     "schedule.kwargs": _LR,
     "precision.amp": Verdict("free", "rounding differs from here on"),
     "precision.compile": _FREE,
+    "precision.compile_cache": _FREE,
     "precision.channels_last": _FREE,
     "precision.grad_checkpointing": _FREE,
     "precision.sync_bn": _FREE,

@@ -266,6 +266,9 @@ class PrecisionConfig(_Section):
     compile: bool = False
     """Compile the model with torch.compile."""
 
+    compile_cache: PathText | None = None
+    """Folder that keeps what torch.compile made, for the next start; null: compiled/ in the run's folder."""
+
     channels_last: bool = False
     """Hold feature maps in the channels-last memory format."""
 

@@ -27,6 +27,7 @@ RUNS = Path("runs")
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
 CLASSES = "classes.json"
+COMPILED = "compiled"
 METRICS = "metrics.jsonl"
 _TRACES = (CONFIG, METRICS, CHECKPOINTS, SUMMARY)
 

@@ -13,8 +13,9 @@ from acmix.checkpoint.store import CheckpointStore
 from acmix.config import Config
 from acmix.config.resume import Changes, changed_keys, refuse_fixed, settled, with_loader
 from acmix.engine.lock import RunLock
-from acmix.engine.run_folder import CLASSES, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder
+from acmix.engine.run_folder import CLASSES, COMPILED, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder
 from acmix.errors import UserError
+from acmix.process.compiled import keep_compiled
 from acmix.process.distributed import Distributed
 from acmix.process.program import DONE, REQUEUE, ReportedElsewhere
 from acmix.telemetry.run_log import RunLog
@@ -77,6 +78,9 @@ class Session:
     def open(self, classes: list[str], step: int) -> None:
         """Create the folder, or go on in it from `step`: config, classes, log and checkpoint store."""
         self.folder = Path(self.dist.from_main(self.dist.on_main(lambda: str(self._create(classes, step)))))
+        if self.config.precision.compile:
+            cache = self.config.precision.compile_cache
+            keep_compiled(Path(cache) if cache else self.folder / COMPILED)
         self._log = RunLog(self.folder, enabled=self.dist.is_main, resume_step=step)
         self._open = True
 

@@ -10,6 +10,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import acmix.process.compiled  # noqa: F401 - it reads the environment before PyTorch writes there
 from acmix.errors import UserError
 from acmix.paths import path_argument
 from acmix.process.output import flush_output, unfailing_output

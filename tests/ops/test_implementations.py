@@ -60,11 +60,18 @@ def test_auto_takes_cpp_only_where_it_may_compile() -> None:
     assert SHIFT_CONV.resolve("auto", replace(convolution, device=CUDA, may_compile=True)) == "folded"
 
 
-def test_auto_takes_two_steps_for_many_heads_of_channels_last_maps_on_a_cpu() -> None:
-    many = replace(PROBLEM, heads=8, channels_last=True)
+def test_auto_takes_two_steps_for_many_heads_on_a_cpu() -> None:
+    many = replace(PROBLEM, heads=8)
     assert SHIFT_CONV.resolve("auto", many) == "unfolded"
-    for other in (replace(many, heads=4), replace(many, channels_last=False), replace(many, device=CUDA)):
+    for other in (replace(many, heads=4), replace(many, device=CUDA)):
         assert SHIFT_CONV.resolve("auto", other) == "folded"
+
+
+@needs_compiler
+def test_auto_takes_two_steps_for_more_heads_where_it_may_compile() -> None:
+    many = replace(PROBLEM, heads=8, window=Window(3, 1, 1), may_compile=True)
+    assert SHIFT_CONV.resolve("auto", many) == "cpp"
+    assert SHIFT_CONV.resolve("auto", replace(many, heads=16)) == "unfolded"
 
 
 def test_the_environment_says_where_auto_may_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from acmix.ops import shift_conv
+from acmix.ops.implementations import Window
 from acmix.ops.native import cxx_compiler
-from acmix.ops.shift_conv import folded
+from acmix.ops.shift_conv import cpp, folded
 from acmix.testing import ShiftConvCase as Case
-from acmix.testing import assert_parity
+from acmix.testing import assert_parity, error_budget, relative_error
 
 needs_compiler = pytest.mark.skipif(cxx_compiler() is None, reason="needs a C++ compiler")
 FAST = ("folded", "unfolded", "dense", pytest.param("cpp", marks=needs_compiler))
@@ -26,11 +27,13 @@ CASES = (
     Case(heads=2, head_dim=4, height=6, width=5, kernel_size=1),
     Case(heads=4, head_dim=8, height=8, width=8, dtype=torch.bfloat16),
     Case(heads=4, head_dim=8, height=8, width=8, dtype=torch.float64),
+    Case(heads=2, head_dim=8, height=5, width=6, dtype=torch.float16),
+    Case(heads=24, head_dim=2, height=5, width=4, batch=1, layout="sliced"),
 )
 
 
 def wide_cases() -> Iterator[Case]:
-    for heads, head_dim, kernel_size in itertools.product((1, 2, 3, 4, 6, 8, 12), (1, 4, 7), (1, 3, 5, 7)):
+    for heads, head_dim, kernel_size in itertools.product((1, 2, 3, 4, 6, 8, 12), (1, 4, 7, 16, 24), (1, 3, 5, 7)):
         yield Case(heads, head_dim, 12, 19, kernel_size, layout="sliced")
     for stride, dilation, width in itertools.product((1, 2, 3, 4), (1, 2, 3), (1, 2, 7, 16, 33)):
         yield Case(4, 4, 13, width, 3, stride, dilation, layout="channels_last")
@@ -52,6 +55,90 @@ def test_outputs_and_gradients_match_the_reference_on_a_wide_grid(case: Case, im
 def test_results_do_not_depend_on_how_images_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folded, "CHUNK_BYTES", 1)
     assert_parity(Case(heads=4, head_dim=6, height=7, width=9, batch=3, layout="sliced"), "folded")
+
+
+def nan_map(batch: int, channels: int, height: int, width: int, layout: str, dtype: torch.dtype) -> torch.Tensor:
+    """NaN everywhere, also between the channels of a slice: contiguous, a channels_last slice, or columns outermost."""
+    if layout == "slice":
+        together = torch.full((batch, height, width, 3 * channels), torch.nan, dtype=dtype)
+        return together.permute(0, 3, 1, 2)[:, channels : 2 * channels]
+    if layout == "transposed":
+        return torch.full((batch, channels, width, height), torch.nan, dtype=dtype).mT
+    return torch.full((batch, channels, height, width), torch.nan, dtype=dtype)
+
+
+STRIDED = (
+    (3, 20, 9, 21, Window(3, 1, 1), torch.float32),  # a whole vector of channels and a part of one
+    (4, 16, 13, 8, Window(3, 2, 1), torch.float32),
+    (6, 4, 7, 18, Window(3, 1, 2), torch.float32),  # several pixels in a vector
+    (12, 8, 5, 5, Window(5, 3, 1), torch.float64),
+    (2, 17, 6, 19, Window(3, 2, 1), torch.bfloat16),
+    (4, 2, 18, 3, Window(1, 1, 1), torch.bfloat16),
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("heads", "head_dim", "height", "width", "window", "dtype"), STRIDED)
+@pytest.mark.parametrize(
+    ("inside", "outside"), [("slice", "slice"), ("slice", "contiguous"), ("contiguous", "slice"), ("transposed",) * 2]
+)
+def test_cpp_reads_and_writes_maps_of_any_strides(
+    heads: int, head_dim: int, height: int, width: int, window: Window, dtype: torch.dtype, inside: str, outside: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (height, width), window.out_size(height, width)
+    inputs = [nan_map(2, heads * head_dim, *sizes[0], inside, dtype) for _ in range(3)]
+    grads = [nan_map(2, heads * head_dim, *sizes[0], inside, dtype) for _ in range(3)]
+    out, grad_out = (nan_map(2, heads * head_dim, *sizes[1], outside, dtype) for _ in range(2))
+    for m in (*inputs, grad_out):
+        m.copy_(torch.randn(m.shape, generator=generator))
+    k = window.kernel_size
+    weight = torch.randn(heads * head_dim, 3 * heads, k, k, generator=generator)
+    cpp.forward_into(out, inputs, weight, window)
+    dweight = cpp.backward_into(grads, grad_out, inputs, weight, window)
+
+    def plain(wide: torch.dtype) -> list[torch.Tensor]:
+        leaves = [m.to(wide).requires_grad_() for m in (*inputs, weight)]
+        maps = torch.stack([m.unflatten(1, (heads, -1)) for m in leaves[:3]], 1).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
+        result = F.conv2d(maps, leaves[3], None, window.stride, window.reach, window.dilation, head_dim)
+        return [result.detach(), *torch.autograd.grad(result, leaves, grad_out.to(wide))]
+
+    positions = 2 * heads * height * width
+    naive = plain(torch.float32)  # the sums are in float32 or better, whatever the maps are
+    for i, (mine, theirs, exact) in enumerate(zip([out, *grads, dweight], naive, plain(torch.float64), strict=True)):
+        stored = torch.promote_types(dtype, torch.float32) if i == 4 else dtype
+        units = 1 if dtype != torch.float64 else torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+        allowed = error_budget(units * relative_error(theirs, exact), stored, positions if i == 4 else 0)
+        assert relative_error(mine, exact) <= allowed, i
+
+
+@needs_compiler
+def test_results_of_cpp_are_the_same_bits_for_any_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    *tensors, grad_out = Case(heads=4, head_dim=18, height=30, width=11, batch=3, layout="sliced").inputs()
+    q, k, v = tensors[:3]
+    weight = torch.randn(72, 12, 3, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = cpp.forward(q, k, v, weight, Window(3, 1, 1))
+            results.append([out, *cpp.backward(grad_out, q, k, v, weight, Window(3, 1, 1))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_of_cpp_have_the_layout_of_q(layout: str) -> None:
+    *tensors, grad_out = Case(heads=2, head_dim=4, height=6, width=5, layout=layout).inputs()
+    leaves = [t.requires_grad_() for t in tensors[:3]]
+    out = shift_conv(*leaves, *tensors[3:5], impl="cpp")
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    for m in (out, *torch.autograd.grad(out, leaves, grad_out)):
+        assert m.is_contiguous(memory_format=memory_format)
 
 
 def test_one_hot_kernels_shift_and_sum() -> None:

@@ -94,7 +94,7 @@ void output_row(const Layout &l, const Ring &inputs, const T *weights, int64_t y
         taps.rows.push_back(inputs.at(row));
         taps.first.push_back(ky * taps.count);
     }
-    ahead.spread(l.results.count() * taps.rows.size());
+    ahead.spread(l.results.count() * taps.rows.size() * taps.count);
     for (auto [start, outs] : l.results.heads) {
         for (auto [x, steps] : l.results.vectors[outs])
             tiles.convolve[outs][steps](taps, x * LANES, rows + (start * l.vectors + x) * LANES, l.vectors * LANES, LANES);
@@ -137,7 +137,7 @@ void input_grad_row(const Layout &l, const Ring &grads, const T *weights, int64_
 void weight_grad(const Layout &l, const Ring &inputs, const Ring &grads, int64_t y, int64_t end, T *sums, Ahead ahead) {
     const int64_t taps = l.inputs * l.kernel;
     Pairs pairs{{}, {}, l.grad_map, l.vectors, &ahead};
-    ahead.spread(l.correlated.size() * l.kernel * l.correlated_taps[l.correlated[0].size].size() * (end - y));
+    ahead.spread(l.correlated.size() * l.kernel * l.correlated_taps[l.correlated[0].size].size() * (end - y) * l.vectors);
     for (int64_t ky = 0; ky < l.kernel; ky++) {
         pairs.grads.clear(), pairs.inputs.clear();
         for (int64_t i = y; i < end; i++) {
@@ -173,9 +173,9 @@ struct Inputs {
             for (int64_t i = 0; i < 3; i++)
                 pack_input(l, maps[i], row(i, image, ring.next), ring.at(ring.next) + i * l.heads * l.input_map, line);
     }
-    void fetch(Ahead &ahead, int64_t image, int64_t y, int64_t end, const std::vector<int64_t> &lines, bool written) const {
+    void fetch(Ahead &ahead, int64_t image, int64_t y, int64_t end, const std::vector<int64_t> &lines) const {
         for (; y < end; y++)
-            for (int64_t i = 0; i < 3; i++) ahead.add(row(i, image, y), lines, written);
+            for (int64_t i = 0; i < 3; i++) ahead.add(row(i, image, y), lines);
     }
 };
 
@@ -226,8 +226,8 @@ struct Forward {
         for (; y < end; y++) {
             inputs.pack(ring, image, inputs.last(y + 1), line);
             Ahead ahead;
-            ahead.add(results.row(image, y), result_lines, true);
-            if (y + 1 < stop) inputs.fetch(ahead, image, ring.next, inputs.last(y + 2), input_lines, false);
+            ahead.add(results.row(image, y), result_lines);
+            if (y + 1 < stop) inputs.fetch(ahead, image, ring.next, inputs.last(y + 2), input_lines);
             output_row(l, ring, weights, y, rows, ahead);
             unpack_output(l, results.map, rows, results.row(image, y));
         }
@@ -267,16 +267,16 @@ struct Backward {
         inputs.pack(ring, image, inputs.last(end), line);
         results.pack(grads, image, results.last(bottom));
         Ahead ahead;
-        targets.fetch(ahead, image, top, bottom, target_lines, true);
+        targets.fetch(ahead, image, top, bottom, target_lines);
         weight_grad(l, ring, grads, y, end, sums, ahead);
         ahead = Ahead();
         if (end < stop) {
             int64_t next = std::min(stop, end + l.chunk);
-            inputs.fetch(ahead, image, ring.next, inputs.last(next), input_lines, false);
+            inputs.fetch(ahead, image, ring.next, inputs.last(next), input_lines);
             for (int64_t i = grads.next; i < results.last(std::min(l.height, next * l.stride)); i++)
                 ahead.add(results.row(image, i), result_lines);
         }
-        ahead.spread((bottom - top) * 3 * l.kernel * l.input_grads[0].count());
+        ahead.spread(std::max<int64_t>(1, (bottom - top) * 3 * l.taps() * l.heads * l.input_grads[0].count() / l.stride));
         for (int64_t i = top; i < bottom; i++) input_row(image, i, ahead);
     }
     void input_row(int64_t image, int64_t y, Ahead &ahead) {

@@ -32,36 +32,33 @@ inline void keep(Vec &value) {
 #endif
 }
 
-// Lines of memory that are fetched into the cache ahead of their use, some at a time, so that computing hides the wait.
+// Lines of memory that are fetched into the cache ahead of their use, a few at each step of a computation that hides the
+// wait: more at once would keep its own loads waiting.
 struct Ahead {
     static constexpr int MOST = 16;  // streams; what is more is not fetched
     struct Stream {
         const char *base;
         const int64_t *offset, *end;
-        bool written;
     };
     Stream streams[MOST];
     int count = 0, current = 0;
-    int64_t size = 0, burst = 0;
-    void add(const void *base, const std::vector<int64_t> &offsets, bool written = false) {
+    int64_t size = 0, rate = 0;
+    void add(const void *base, const std::vector<int64_t> &offsets) {
         if (count == MOST) return;
-        streams[count++] = {static_cast<const char *>(base), offsets.data(), offsets.data() + offsets.size(), written};
+        streams[count++] = {static_cast<const char *>(base), offsets.data(), offsets.data() + offsets.size()};
         size += offsets.size();
     }
-    void spread(int64_t bursts) { burst = (size + bursts - 1) / bursts; }
-    void fetch() {
-        for (int64_t i = 0; i < burst && current < count;) {
-            Stream &stream = streams[current];
-            if (stream.offset == stream.end) {
-                current++;
-                continue;
-            }
-            if (stream.written) __builtin_prefetch(stream.base + *stream.offset++, 1);
-            else __builtin_prefetch(stream.base + *stream.offset++, 0);
-            i++;
-        }
+    void spread(int64_t steps) { rate = (size + steps - 1) / steps; }
+    Stream *stream() {  // with lines left; the last one may be empty
+        static Stream none{};
+        while (current < count && streams[current].offset == streams[current].end) current++;
+        return current < count ? streams + current : &none;
     }
 };
+
+inline void fetch(Ahead::Stream &stream, int64_t rate) {
+    for (int64_t i = 0; i < rate && stream.offset != stream.end; i++) __builtin_prefetch(stream.base + *stream.offset++);
+}
 
 // The rows that a row of results is summed over. Tap t of each is at offset[t]; its weights are in the order of the taps.
 struct Taps {
@@ -77,10 +74,12 @@ struct Taps {
 template <int OUTS, int STEPS>
 __attribute__((noinline)) void convolve(const Taps &taps, int64_t x, T *out, int64_t out_pitch, int64_t pitch) {
     Vec sum[OUTS][STEPS] = {};
+    const int64_t rate = taps.ahead->rate;
     for (size_t row = 0; row < taps.rows.size(); row++) {
         const T *from = taps.rows[row] + x, *weights = taps.weights + taps.first[row] * OUTS * LANES;
-        taps.ahead->fetch();
+        Ahead::Stream ahead = *taps.ahead->stream();
         for (int64_t tap = 0; tap < taps.count; tap++, weights += OUTS * LANES) {
+            fetch(ahead, rate);
             const T *values = from + taps.offset[tap];
 #pragma GCC unroll 8
             for (int i = 0; i < STEPS; i++) {
@@ -90,6 +89,7 @@ __attribute__((noinline)) void convolve(const Taps &taps, int64_t x, T *out, int
                 for (int n = 0; n < OUTS; n++) sum[n][i] += load(weights + n * LANES) * value;
             }
         }
+        *taps.ahead->stream() = ahead;
     }
 #pragma GCC unroll 4
     for (int n = 0; n < OUTS; n++)
@@ -114,8 +114,10 @@ __attribute__((noinline)) void correlate(const Pairs &pairs, int64_t head, const
         for (int n = 0; n < OUTS; n++) sum[t][n] = load(sums + (t * OUTS + n) * LANES);
     for (size_t row = 0; row < pairs.grads.size(); row++) {
         const T *grads = pairs.grads[row] + head * pairs.head_pitch, *inputs = pairs.inputs[row];
-        pairs.ahead->fetch();
+        Ahead::Stream ahead = *pairs.ahead->stream();
+        const int64_t rate = pairs.ahead->rate;
         for (int64_t x = 0; x < pairs.vectors; x++, grads += LANES, inputs += LANES) {
+            fetch(ahead, rate);
             Vec grad[OUTS];
 #pragma GCC unroll 4
             for (int n = 0; n < OUTS; n++) grad[n] = load(grads + n * pairs.head_pitch);
@@ -127,6 +129,7 @@ __attribute__((noinline)) void correlate(const Pairs &pairs, int64_t head, const
                 for (int n = 0; n < OUTS; n++) sum[t][n] += grad[n] * value;
             }
         }
+        *pairs.ahead->stream() = ahead;
     }
 #pragma GCC unroll 8
     for (int t = 0; t < STEPS; t++)
