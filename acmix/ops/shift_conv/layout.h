@@ -69,7 +69,9 @@ struct Layout {  // of a block of up to LANES channels of every head, and of the
         for (int64_t f = 0; f < stride; f++)
             input_grads.push_back(Tiling(heads, (columns(f) + pixels - 1) / pixels));
         correlated = cut(heads, MOST_OUTS);
-        for (int outs = 1; outs <= MOST_OUTS; outs++) correlated_taps[outs] = cut(inputs * kernel, steps_of(outs));
+        for (int outs = 1; outs <= MOST_OUTS; outs++)
+            for (auto [start, size] : cut(heads * kernel, outs * 6 <= MOST_SUMS ? 2 : 1))
+                correlated_taps[outs].push_back({3 * start, 3 * size});
     }
 
     int64_t whole(int64_t count) const { return (count + pixels - 1) / pixels * LANES; }  // numbers in whole vectors
