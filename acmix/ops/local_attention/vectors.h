@@ -95,8 +95,9 @@ inline Vec widen_some(const S *p, int64_t count) {
     return widen<Vec>(some);
 }
 
-// In powers of two, whose sizes the compiler knows. It would make a masked store of a plain loop, for which GCC 12 takes
-// an instruction (vextractf64x4) that also touches what the mask leaves out: a fault where a map ends with its page.
+// In powers of two, whose sizes the compiler knows. It would make a masked store of a plain loop, for which GCC 12
+// takes an instruction (vextractf64x4) that also touches what the mask leaves out: a fault where a map ends with its
+// page.
 inline void narrow_some(S *p, Vec v, int64_t count) {
     S some[LANES];
     narrow<Vec>(some, v);
