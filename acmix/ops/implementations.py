@@ -79,7 +79,10 @@ class Problem:
     @classmethod
     def of(cls, q: Tensor, heads: int, window: Window) -> "Problem":
         """The problem of a call with maps like `q`."""
-        return cls(q.device, q.dtype, q.shape, heads, window, is_channels_last(q), may_compile(), transformed())
+        shape: tuple[int, ...] = q.shape
+        if torch.jit.is_tracing():  # its sizes are tensors
+            shape, heads = tuple(map(int, shape)), int(heads)
+        return cls(q.device, q.dtype, shape, heads, window, is_channels_last(q), may_compile(), transformed())
 
     @property
     def head_dim(self) -> int:
