@@ -64,10 +64,18 @@ class FileBacked(Source, Protocol):
 
 def as_files(source: Source) -> FileBacked | None:
     """The source where it can `read` files, else None."""
-    innermost: Source = source
-    while isinstance(innermost, Renumbered):
-        innermost = innermost.source
-    return source if hasattr(innermost, "read") else None  # type: ignore[return-value]
+    return source if hasattr(_innermost(source), "read") else None  # type: ignore[return-value]
+
+
+def is_verified(source: Source) -> bool:
+    """Whether all that the source reads went through Pillow once, and has not changed since."""
+    return getattr(_innermost(source), "verified", False)
+
+
+def _innermost(source: Source) -> Source:
+    while isinstance(source, Renumbered):
+        source = source.source
+    return source
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data.transforms import str_to_pil_interp
 from torch.nn.functional import interpolate
 
-from acmix.data.datasets import FileBacked, Source, as_files
+from acmix.data.datasets import FileBacked, Source, as_files, is_verified
 from acmix.data.images import decode_draft, decode_image, open_image
 from acmix.errors import UserError
 
@@ -39,20 +39,21 @@ def choose_decoder(wanted: str) -> Decoder:
 
 
 class Picture:
-    """An image file in memory. Raises BadImage for one whose header is damaged or promises too much."""
+    """An image file in memory. Raises BadImage for one whose header is damaged or promises too much.
 
-    def __init__(self, data: bytes, decoder: Decoder) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # thousands of files have harmless ones
-            self.header = open_image(data)
-        """The opened image without its pixels: a PIL image whose size can be asked."""
+    verified: whether these very bytes went through Pillow before, so that it need not look at the header again
+    """
+
+    def __init__(self, data: bytes, decoder: Decoder, *, verified: bool = False) -> None:
+        self.size, self._plain_jpeg = _read_header(data, decoder, verified)
+        """Width and height in pixels."""
         self._data = data
         self._decoder = decoder
         self._decoded: dict[int, np.ndarray] = {}
 
     def whole(self) -> Image.Image:
         """All pixels at full size, RGB, the same whatever the decoder. Raises BadImage."""
-        if self._decoder == "simplejpeg" and self._is_jpeg():
+        if self._decoder == "simplejpeg" and self._plain_jpeg:
             return Image.fromarray(self._pixels(1))
         return decode_image(self._data)
 
@@ -67,7 +68,7 @@ class Picture:
         """
         height, width = size
         filter = str_to_pil_interp(interpolation)
-        if not self._is_jpeg():
+        if not self._plain_jpeg:
             return decode_image(self._data).crop(box).resize((width, height), filter)
         left, top, right, bottom = box
         scale = next(s for s in SCALES if s == 1 or (right - left >= s * width and bottom - top >= s * height))
@@ -80,13 +81,10 @@ class Picture:
         exact = (left / scale - x, top / scale - y, right / scale - x, bottom / scale - y)
         return part.resize((width, height), filter, box=exact)
 
-    def _is_jpeg(self) -> bool:
-        return self.header.format == "JPEG" and self.header.mode in ("RGB", "L")  # CMYK is for Pillow to convert
-
     def _pixels(self, scale: int) -> np.ndarray:
         """(H, W, 3) uint8 at 1/scale of the full size, rounded up."""
         if scale not in self._decoded:  # the copies of repeated augmentation share it
-            found = _by_simplejpeg(self._data, self.header.size, scale) if self._decoder == "simplejpeg" else None
+            found = _by_simplejpeg(self._data, self.size, scale) if self._decoder == "simplejpeg" else None
             self._decoded[scale] = np.array(decode_draft(self._data, scale)) if found is None else found
         return self._decoded[scale]
 
@@ -96,6 +94,7 @@ class Pictures:
 
     def __init__(self, source: FileBacked, decoder: Decoder) -> None:
         self.classes = source.classes
+        self._verified = is_verified(source)
         self._source = source
         self._decoder: Decoder = decoder
 
@@ -105,7 +104,7 @@ class Pictures:
     def load(self, index: int) -> tuple[Picture, int]:
         """The image, of which the header was read, and its class index. Raises BadImage."""
         data, target = self._source.read(index)
-        return Picture(data, self._decoder), target
+        return Picture(data, self._decoder, verified=self._verified), target
 
     def describe(self, index: int) -> str:
         """Where the image is and its class, for messages."""
@@ -116,6 +115,20 @@ def with_decoder(source: Source, decoder: Decoder) -> "Source | Pictures":
     """The source as it is to be read by that decoder; with pillow, or where it holds no files, the source itself."""
     files = None if decoder == "pillow" else as_files(source)
     return source if files is None else Pictures(files, decoder)
+
+
+def _read_header(data: bytes, decoder: Decoder, verified: bool) -> tuple[tuple[int, int], bool]:
+    """Width and height, and whether it is a JPEG that is not for Pillow alone, as one in CMYK is."""
+    if verified and decoder == "simplejpeg":
+        try:
+            height, width, colors, _ = _simplejpeg().decode_jpeg_header(data)
+            return (width, height), colors in ("YCbCr", "RGB", "Gray")
+        except ValueError:  # another format
+            pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # thousands of files have harmless ones
+        header = open_image(data)
+    return header.size, header.format == "JPEG" and header.mode in ("RGB", "L")
 
 
 def _resized(part: np.ndarray, size: Sequence[int], interpolation: str) -> Image.Image:

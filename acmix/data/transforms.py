@@ -40,6 +40,7 @@ SingleStep = Callable[[Image.Image], Image.Image]
 PixelTransform = Callable[[Image.Image | Picture], tuple[np.ndarray, Patch | None]]
 """RGB image of any size → (H, W, C) uint8, and the part to erase, if any."""
 
+_PIXEL = torch.zeros(1)
 _MAX_ASPECT = 16
 _UNCROPPED_SIZE = 64  # up to this image_size validation crops nothing: small images are used whole
 
@@ -151,7 +152,8 @@ class _RandomResizedCrop(RandomResizedCropAndInterpolation):
     def __call__(self, image: Image.Image | Picture) -> Image.Image:
         if not isinstance(image, Picture):
             return super().__call__(image)
-        top, left, height, width = self.get_params(image.header, self.scale, self.ratio)
+        full = _PIXEL.expand(image.size[::-1])  # stands for the image, of which the size alone is asked
+        top, left, height, width = self.get_params(full, self.scale, self.ratio)
         return image.crop((left, top, left + width, top + height), self.size, self._filter)
 
 

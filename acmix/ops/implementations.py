@@ -111,7 +111,7 @@ def transformed() -> bool:
 def may_compile() -> bool:
     """Whether `auto` may take an implementation that has to be compiled first, by ACMIX_COMPILE in the environment.
 
-    `always`, the default: at a second or two for each new window size and dtype, once for a machine. `traced`: only
+    `always`, the default: at some seconds for each new window size and dtype, once for a machine. `traced`: only
     inside torch.compile, whose caller waits for compilers anyway. `never`: nowhere. torch.export never may: its result
     outlives this machine.
 

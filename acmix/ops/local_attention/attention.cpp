@@ -81,6 +81,9 @@ struct Task {
     Prefetch ahead;
     int64_t read = 0;  // rows of keys so far
 
+    // What the products of queries and keys must be multiplied by to be exponents of two.
+    T to_bits() const { return LOG2E / std::sqrt(T(s.dim)); }
+
     // work(tile) for all tiles of a block
     template <class Work>
     void for_tiles(const Block &block, Work work) {
@@ -136,7 +139,7 @@ struct Forward : Task {
                 turn_keys(s, wide_key, keys[read]);
             }
             for (int64_t i = 0; i < block.rows; i++)
-                read_queries(s, q, (block.y + i) * s.stride, s.stride, LOG2E / std::sqrt(T(s.dim)), i, wide_query, queries);
+                read_queries(s, q, (block.y + i) * s.stride, s.stride, to_bits(), i, wide_query, queries);
             prefetch(block);
             for_tiles(block, [&](const Tile &tile) { attend(tile, keys, values, queries, weights, attended); });
             ahead.clear();
@@ -232,7 +235,7 @@ struct Backward : Task {
         while (read <= block.last(s)) read_row();
         for (int64_t i = 0; i < block.rows; i++) {
             T *query = queries + i * s.wide_queries(), *wide_grad = grads + i * s.wide_queries();
-            read_queries(s, q, (block.y + i) * s.stride, s.stride, LOG2E / std::sqrt(T(s.dim)), i, query, tall_queries);
+            read_queries(s, q, (block.y + i) * s.stride, s.stride, to_bits(), i, query, tall_queries);
             read_queries(s, grad, block.y + i, 1, 1, i, wide_grad, tall_grads);
             if (alpha != 1) scale_pixels(wide_grad, s.all_parts() * s.query_columns, alpha);
         }
@@ -273,13 +276,13 @@ struct Backward : Task {
 
     // Weights and gradients of logits of a tile, and dq.
     void differentiate_weights(const Tile &tile) {
-        T logs[ROWS][LANES] = {}, dots[ROWS][LANES] = {}, scale[LANES];
+        T logs[ROWS][LANES] = {}, dots[ROWS][LANES] = {}, totals[ROWS][LANES] = {}, scale[LANES];
         for (int64_t i = 0; i < tile.block.rows; i++)
             std::memcpy(logs[i], lse + (tile.head * s.out_height + tile.block.y + i) * s.out_width + tile.column(s),
                         tile.count(s) * sizeof(T));
         for_keys(tile.block, [&](int64_t y, const Seen &seen) {
             const T *query[ROWS], *output_grad[ROWS], *log[ROWS];
-            T *weight[ROWS], *dweight[ROWS], *dot[ROWS];
+            T *weight[ROWS], *dweight[ROWS], *dot[ROWS], *total[ROWS];
             for (int n = 0; n < seen.count; n++) {
                 int row = seen.row[n], place = (row * K + seen.ky[n]) * K * LANES;
                 query[n] = tile.tall_queries(s, tall_queries, row);
@@ -288,18 +291,22 @@ struct Backward : Task {
                 dweight[n] = dlogits + place;
                 log[n] = logs[row];
                 dot[n] = dots[row];
+                total[n] = totals[row];
             }
             ahead.step();
             products<false>(s, seen.count, query, tile.tall_keys(s, tall_keys[y]), weight);
             weigh(seen.count, weight, log);
             ahead.step();
             products<false>(s, seen.count, output_grad, tile.tall_keys(s, tall_values[y]), dweight);
-            add_products(seen.count, weight, dweight, dot);
+            add_products(seen.count, weight, dweight, dot, total);
         });
-        std::fill_n(scale, LANES, LOG2E / std::sqrt(T(s.dim)));
+        std::fill_n(scale, LANES, to_bits());
         for (int64_t i = 0; i < tile.block.rows; i++) {
             T *dlogit = dlogits + i * K * K * LANES;
-            softmax_backward(weights + i * K * K * LANES, dlogit, load(dots[i]), alpha / LOG2E);
+            // The weights sum to 1 but for rounding. The gradients of a query's logits must sum to 0: that of the position
+            // weight adds them up times the place of the query.
+            Vec mean = load(dots[i]) / load(totals[i]);
+            softmax_backward(weights + i * K * K * LANES, dlogit, mean, alpha / LOG2E);
             for (int64_t x = 0; x < tile.count(s); x++) dalpha[tile.head] += dots[i][x];
             gather(tile, i, dlogit, keys, scale, dqueries);
         }
@@ -338,18 +345,20 @@ extern "C" {
 
 // Tasks begin..end-1: groups of heads, counted over all images. out = (accumulate ? out : 0) + alpha * attended map.
 // `position` is the position weight (dim, 2). `lse` (images * heads, out_height, out_width), or null, receives the
-// log2-sum-exp2 of the logits / ln 2.
+// binary logarithm of the sum of the logits' exponentials.
 void forward(const Problem *problem, const Map *q, const Map *k, const Map *v, const T *position, double alpha,
              int64_t accumulate, const Map *out, T *lse, int64_t begin, int64_t end, int64_t threads) {
     const Sizes s(*problem);
     parallel(begin, end, threads, [&](int64_t i) {
         auto at = [&](const Map *map) { return heads_of(map, *problem, i); };
         T *logs = lse ? lse + i * s.group * s.out_height * s.out_width : nullptr;
-        Forward{{s, Sums(s), at(q), at(k), at(v), position, Prefetch(s)}, at(out), T(alpha), accumulate != 0, logs}.run();
+        Forward task{{s, Sums(s), at(q), at(k), at(v), position, Prefetch(s)},
+                     at(out), T(alpha), accumulate != 0, logs};
+        task.run();
     });
 }
 
-// dq, dk and dv receive alpha * the gradients for grad, the gradient of the output, or are increased by them. `dposition`
+// dq, dk and dv receive alpha * the gradients for `grad`, that of the output, or are increased by them. `dposition`
 // (images * heads, dim, 2) and `dalpha` (images * heads) receive each head's share of the other gradients.
 void backward(const Problem *problem, const Map *grad, const Map *q, const Map *k, const Map *v, const T *position,
               const T *lse, double alpha, int64_t accumulate, const Map *dq, const Map *dk, const Map *dv, T *dposition,

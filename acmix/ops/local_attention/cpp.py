@@ -25,7 +25,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Wi
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, out: Tensor, lse: Tensor, window: Window
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, lse: Tensor, window: Window
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k, v, in their layouts, and the position weight; the logits are computed again."""
     dtype = q.dtype
@@ -37,7 +37,7 @@ def backward(
 
 
 def empty_lse(q: Tensor, head_dim: int, window: Window) -> Tensor:
-    """An uninitialised (B, N, Ho, Wo) tensor for the logarithms of the softmax's denominators, in units of ln 2."""
+    """An uninitialised (B, N, Ho, Wo) tensor for binary logarithms: of the sums of the logits' exponentials."""
     size = window.out_size(*q.shape[2:])
     return q.new_empty(q.shape[0], q.shape[1] // head_dim, *size, dtype=torch.promote_types(q.dtype, torch.float32))
 

@@ -96,11 +96,11 @@ def _forward(
     if announcing():  # a compiled graph does not come through `resolve`
         LOCAL_ATTENTION.announce(impl, Problem.of(q, q.shape[1] // position_weight.shape[0], window))
     result = LOCAL_ATTENTION.load(impl).forward(q, k, v, position_weight, window)
-    return result if _saves(impl) else (result, q.new_empty(0, dtype=torch.float32))
+    return result if _keeps_lse(impl) else (result, q.new_empty(0, dtype=torch.float32))
 
 
-def _saves(impl: str) -> bool:
-    """Whether an implementation's backward pass needs what its forward pass returns, in the layout of q."""
+def _keeps_lse(impl: str) -> bool:
+    """Whether an implementation's backward pass needs the log-sum-exp; its results have the layout of q."""
     return ALIASES.get(impl, impl) in ("triton", "cpp")
 
 
@@ -117,7 +117,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = q.shape
     size = Window(kernel_size, stride, dilation).out_size(height, width)
-    if not _saves(impl):
+    if not _keeps_lse(impl):
         return q.new_empty(batch, channels, *size), q.new_empty(0, dtype=torch.float32)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty(batch, channels // position_weight.shape[0], *size, dtype=wide)
@@ -139,7 +139,7 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the position weight; logits are computed again."""
-    saved = (out, lse) if _saves(impl) else ()
+    saved = [tensor for tensor in (out, lse) if tensor is not None]
     window = Window(kernel_size, stride, dilation)
     with without_autocast(q):  # a backward pass may be started under autocast
         return LOCAL_ATTENTION.load(impl).backward(grad_out, q, k, v, position_weight, *saved, window)
@@ -159,7 +159,7 @@ def _(
     dilation: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [empty_like_layout(m, *m.shape[-2:]) if _saves(impl) else m.new_empty(m.shape) for m in (q, k, v)]
+    grads = [empty_like_layout(m, *m.shape[-2:]) if _keeps_lse(impl) else m.new_empty(m.shape) for m in (q, k, v)]
     return grads[0], grads[1], grads[2], torch.empty_like(position_weight, memory_format=torch.contiguous_format)
 
 
@@ -167,7 +167,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, position_weight, kernel_size, stride, dilation, impl = inputs
     ctx.set_materialize_grads(True)
     ctx.mark_non_differentiable(output[1])
-    saved = output if _saves(impl) else (None, None)
+    saved = (output[0] if impl == "triton" else None, output[1] if _keeps_lse(impl) else None)
     ctx.save_for_backward(*keepable(q, k, v), position_weight, *saved)
     ctx.options = (kernel_size, stride, dilation, impl)
 

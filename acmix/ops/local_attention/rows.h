@@ -121,13 +121,19 @@ void read_keys(const Sizes &s, const Map &map, int64_t y, const T *position, T *
 }
 
 void turn_keys(const Sizes &s, const T *wide, T *tall) {
+    const int64_t few = 2;  // columns that are faster taken one by one
     for (int64_t part = 0; part < s.all_parts(); part++)
-        for (int64_t phase = 0; phase < s.stride; phase++)
-            for (int64_t next = 0; next < s.phase; next += LANES) {
-                int64_t x = std::min(next, s.phase - LANES);
-                turn(wide + (part * s.columns + x * s.stride + phase) * CHANNELS, s.stride,
-                     tall + part * CHANNELS * s.pitch + phase * s.phase + x, s.pitch);
+        for (int64_t phase = 0; phase < s.stride; phase++) {
+            const T *from = wide + (part * s.columns + phase) * CHANNELS;
+            T *to = tall + part * CHANNELS * s.pitch + phase * s.phase;
+            int64_t x = 0;
+            for (; x + few < s.phase; x += LANES) {
+                x = std::min(x, s.phase - LANES);
+                turn(from + x * s.stride * CHANNELS, s.stride, to + x, s.pitch);
             }
+            for (; x < s.phase; x++)
+                for (int64_t c = 0; c < CHANNELS; c++) to[c * s.pitch + x] = from[x * s.stride * CHANNELS + c];
+        }
 }
 
 // Row i of a block of queries, from every step-th pixel of row y: wide, with zeros at the end, and its share of the

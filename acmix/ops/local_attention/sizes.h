@@ -73,10 +73,11 @@ struct Sizes {
 
     int64_t all_parts() const { return group * parts; }
     int64_t channels() const { return all_parts() * CHANNELS; }
-    // Rows end in room for what whole vectors hold beyond them.
-    int64_t wide_keys() const { return channels() * columns + LANES; }
-    int64_t tall_keys() const { return channels() * pitch + LANES; }
-    int64_t wide_queries() const { return channels() * query_columns + LANES; }
+    // Rows end in room for what whole vectors hold beyond them: a cache line, so that pixels stay aligned.
+    static constexpr int64_t ROOM = 64 / sizeof(T);
+    int64_t wide_keys() const { return channels() * columns + ROOM; }
+    int64_t tall_keys() const { return channels() * pitch + ROOM; }
+    int64_t wide_queries() const { return channels() * query_columns + ROOM; }
     int64_t tall_queries() const { return tiles * channels() * ROWS * LANES; }
 };
 
