@@ -61,7 +61,7 @@ inline void fetch(Ahead::Stream &stream, int64_t rate) {
     for (int64_t i = 0; i < rate && stream.offset != stream.end; i++) __builtin_prefetch(stream.base + *stream.offset++);
 }
 
-// The rows that a row of results is summed over. Tap t of each is at offset[t]; its weights are in the order of the taps.
+// The rows that a row of results is summed over. Tap t of each is at offset[t]; the weights are in the order of the taps.
 struct Taps {
     std::vector<const T *> rows;
     std::vector<int64_t> first;  // weight of each row, of one output
