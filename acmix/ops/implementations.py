@@ -79,7 +79,10 @@ class Problem:
     @classmethod
     def of(cls, q: Tensor, heads: int, window: Window) -> "Problem":
         """The problem of a call with maps like `q`."""
-        return cls(q.device, q.dtype, q.shape, heads, window, is_channels_last(q), may_compile(), transformed())
+        shape: tuple[int, ...] = q.shape
+        if torch.jit.is_tracing():  # its sizes are tensors
+            shape, heads = tuple(map(int, shape)), int(heads)
+        return cls(q.device, q.dtype, shape, heads, window, is_channels_last(q), may_compile(), transformed())
 
     @property
     def head_dim(self) -> int:
@@ -111,7 +114,7 @@ def transformed() -> bool:
 def may_compile() -> bool:
     """Whether `auto` may take an implementation that has to be compiled first, by ACMIX_COMPILE in the environment.
 
-    `always`, the default: at a second or two for each new window size and dtype, once for a machine. `traced`: only
+    `always`, the default: at some seconds for each new window size and dtype, once for a machine. `traced`: only
     inside torch.compile, whose caller waits for compilers anyway. `never`: nowhere. torch.export never may: its result
     outlives this machine.
 

@@ -276,13 +276,13 @@ struct Backward : Task {
 
     // Weights and gradients of logits of a tile, and dq.
     void differentiate_weights(const Tile &tile) {
-        T logs[ROWS][LANES] = {}, dots[ROWS][LANES] = {}, scale[LANES];
+        T logs[ROWS][LANES] = {}, dots[ROWS][LANES] = {}, totals[ROWS][LANES] = {}, scale[LANES];
         for (int64_t i = 0; i < tile.block.rows; i++)
             std::memcpy(logs[i], lse + (tile.head * s.out_height + tile.block.y + i) * s.out_width + tile.column(s),
                         tile.count(s) * sizeof(T));
         for_keys(tile.block, [&](int64_t y, const Seen &seen) {
             const T *query[ROWS], *output_grad[ROWS], *log[ROWS];
-            T *weight[ROWS], *dweight[ROWS], *dot[ROWS];
+            T *weight[ROWS], *dweight[ROWS], *dot[ROWS], *total[ROWS];
             for (int n = 0; n < seen.count; n++) {
                 int row = seen.row[n], place = (row * K + seen.ky[n]) * K * LANES;
                 query[n] = tile.tall_queries(s, tall_queries, row);
@@ -291,18 +291,22 @@ struct Backward : Task {
                 dweight[n] = dlogits + place;
                 log[n] = logs[row];
                 dot[n] = dots[row];
+                total[n] = totals[row];
             }
             ahead.step();
             products<false>(s, seen.count, query, tile.tall_keys(s, tall_keys[y]), weight);
             weigh(seen.count, weight, log);
             ahead.step();
             products<false>(s, seen.count, output_grad, tile.tall_keys(s, tall_values[y]), dweight);
-            add_products(seen.count, weight, dweight, dot);
+            add_products(seen.count, weight, dweight, dot, total);
         });
         std::fill_n(scale, LANES, to_bits());
         for (int64_t i = 0; i < tile.block.rows; i++) {
             T *dlogit = dlogits + i * K * K * LANES;
-            softmax_backward(weights + i * K * K * LANES, dlogit, load(dots[i]), alpha / LOG2E);
+            // The weights sum to 1 but for rounding. The gradients of a query's logits must sum to 0: that of the position
+            // weight adds them up times the place of the query.
+            Vec mean = load(dots[i]) / load(totals[i]);
+            softmax_backward(weights + i * K * K * LANES, dlogit, mean, alpha / LOG2E);
             for (int64_t x = 0; x < tile.count(s); x++) dalpha[tile.head] += dots[i][x];
             gather(tile, i, dlogit, keys, scale, dqueries);
         }

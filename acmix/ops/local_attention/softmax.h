@@ -75,20 +75,25 @@ inline void weigh(int count, T *const *logits, const T *const *lse) {
     }
 }
 
-// Adds the products of weights (K, LANES) and their gradients to sums (LANES), for `count` rows of queries.
-inline void add_products(int count, T *const *weights, T *const *grads, T *const *sums) {
+// Adds weights (K, LANES) to totals (LANES), and their products with their gradients to sums, for `count` rows of queries.
+inline void add_products(int count, T *const *weights, T *const *grads, T *const *sums, T *const *totals) {
     for (int n = 0; n < count; n++) {
-        Vec sum = load(sums[n]);
-        for (int kx = 0; kx < K; kx++) sum += load(weights[n] + kx * LANES) * load(grads[n] + kx * LANES);
+        Vec sum = load(sums[n]), total = load(totals[n]);
+        for (int kx = 0; kx < K; kx++) {
+            Vec weight = load(weights[n] + kx * LANES);
+            sum += weight * load(grads[n] + kx * LANES);
+            total += weight;
+        }
         store(sums[n], sum);
+        store(totals[n], total);
     }
 }
 
-// Gradients (K², LANES) of weights become scale * those of logits; `sum` is that of weights times their gradients.
-inline void softmax_backward(const T *weights, T *grads, Vec sum, T scale) {
+// Gradients (K², LANES) of weights become scale * those of logits; `mean` is that of the gradients by the weights.
+inline void softmax_backward(const T *weights, T *grads, Vec mean, T scale) {
     for (int i = 0; i < K * K; i++) {
         Vec weight = load(weights + i * LANES) * scale;
-        store(grads + i * LANES, (load(grads + i * LANES) - sum) * weight);
+        store(grads + i * LANES, (load(grads + i * LANES) - mean) * weight);
     }
 }
 

@@ -87,19 +87,27 @@ inline void narrow(S *p, V v) {
     }
 }
 
-// The first `count` lanes of a vector of pixels.
+// The first `count` lanes of a vector of pixels. Compilers make a masked load of this loop.
 inline Vec widen_some(const S *p, int64_t count) {
-    S some[LANES] = {};
-    std::memcpy(some, p, count * sizeof(S));
+    S some[LANES];
+#pragma GCC unroll 1
+    for (int x = 0; x < LANES; x++) some[x] = x < count ? p[x] : S(0);
     return widen<Vec>(some);
 }
 
-// A loop would become a masked store, for which GCC 12 takes an instruction (vextractf64x4) that also touches what the
-// mask leaves out: a fault where a map ends with its page.
+// In powers of two, whose sizes the compiler knows. It would make a masked store of a plain loop, for which GCC 12
+// takes an instruction (vextractf64x4) that also touches what the mask leaves out: a fault where a map ends with its
+// page.
 inline void narrow_some(S *p, Vec v, int64_t count) {
     S some[LANES];
     narrow<Vec>(some, v);
-    std::memcpy(p, some, count * sizeof(S));
+    const S *from = some;
+#pragma GCC unroll 8
+    for (int n = LANES / 2; n > 0; n /= 2)
+        if (count & n) {
+            std::memcpy(p, from, n * sizeof(S));
+            p += n, from += n;
+        }
 }
 
 // Lanes of a and b: FROM, FROM + STEP, ... where STEP is given; else from FROM on of each in turn.

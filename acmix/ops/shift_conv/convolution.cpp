@@ -57,6 +57,7 @@ void pack_weights_for_inputs(const Layout &l, const T *weight, T *packed) {
 void unpack_weight_grad(const Layout &l, const T *packed, T *dweight) {
     each_weight(l, l.correlated, [&](int64_t n, int64_t m, int64_t ky, int64_t kx, int64_t place) {
         T *to = dweight + weight_place(l, n, m, ky, kx);
+        if (l.valid == LANES) return store(to, load(packed + place));
         for (int64_t c = 0; c < l.valid; c++) {
             T sum = 0;
             for (int64_t i = c; i < LANES; i += l.padded) sum += packed[place + i];

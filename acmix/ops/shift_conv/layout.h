@@ -56,20 +56,24 @@ struct Layout {  // of a block of up to LANES channels of every head, and of the
         }
         for (int64_t m = 0; m < inputs; m++)
             for (int64_t kx = 0; kx < kernel; kx++)
-                input_offset.push_back(m * input_map + kx * dilation % stride * phase + kx * dilation / stride * padded);
+                input_offset.push_back(m * input_map + kx * dilation % stride * phase +
+                                       kx * dilation / stride * padded);
         for (int64_t f = 0; f < stride; f++) {
             grad_taps.push_back(grad_offset.size());
             for (int64_t n = 0; n < heads; n++)
                 for (int64_t kx = 0; kx < kernel; kx++)
                     if (kx * dilation % stride == f)
-                        grad_offset.push_back(n * grad_map + (margin + (column(f) + pad - kx * dilation) / stride) * padded);
+                        grad_offset.push_back(n * grad_map +
+                                              (margin + (column(f) + pad - kx * dilation) / stride) * padded);
         }
         grad_taps.push_back(grad_offset.size());
         results = Tiling(heads, vectors);
         for (int64_t f = 0; f < stride; f++)
             input_grads.push_back(Tiling(heads, (columns(f) + pixels - 1) / pixels));
         correlated = cut(heads, MOST_OUTS);
-        for (int outs = 1; outs <= MOST_OUTS; outs++) correlated_taps[outs] = cut(inputs * kernel, steps_of(outs));
+        for (int outs = 1; outs <= MOST_OUTS; outs++)
+            for (auto [start, size] : cut(heads * kernel, outs * 6 <= MOST_SUMS ? 2 : 1))
+                correlated_taps[outs].push_back({3 * start, 3 * size});
     }
 
     int64_t whole(int64_t count) const { return (count + pixels - 1) / pixels * LANES; }  // numbers in whole vectors
@@ -81,19 +85,19 @@ struct Layout {  // of a block of up to LANES channels of every head, and of the
 
 // A row of q, k or v, from the block's first channel on, into a packed row of l.heads maps.
 void pack_input(const Layout &l, const Map &map, const S *row, T *packed, T *line) {
-    for (int64_t m = 0; m < l.heads; m++)  // zeros around the columns
-        for (int64_t f = 0; f < l.stride; f++) {
-            T *begin = packed + m * l.input_map + f * l.phase, *end = begin + l.phase;
-            int64_t count = l.columns(f);
-            T *inside = count ? begin + (l.column(f) + l.pad) / l.stride * l.padded : end;
-            std::fill(begin, inside, T(0));
-            std::fill(inside + count * l.padded, end, T(0));
-        }
+    const int64_t width = l.width, heads = l.heads, pitch = l.input_map, column = map.column;
     const int64_t step = l.dim * map.channel;
+    const int64_t *place = l.place.data();  // what is loaded into locals need not be loaded again after each store
+    for (int64_t f = 0; f < l.stride; f++) {  // zeros around the columns
+        const int64_t count = l.columns(f), start = count ? (l.column(f) + l.pad) / l.stride * l.padded : l.phase;
+        for (T *begin = packed + f * l.phase, *end = begin + heads * pitch; begin < end; begin += pitch) {
+            std::fill(begin, begin + start, T(0));
+            std::fill(begin + start + count * l.padded, begin + l.phase, T(0));
+        }
+    }
     if (map.channel == 1 && l.valid == LANES) {
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t m = 0; m < l.heads; m++)
-                store(packed + m * l.input_map + l.place[x], read(row + x * map.column + m * step));
+        for (int64_t x = 0; x < width; x++)
+            for (int64_t m = 0; m < heads; m++) store(packed + m * pitch + place[x], read(row + x * column + m * step));
         return;
     }
     bool done = map.column == 1 && choose<1, 2, 4, 8, 16>(l.padded, [&](auto padded) {
@@ -101,13 +105,13 @@ void pack_input(const Layout &l, const Map &map, const S *row, T *packed, T *lin
             T *to = packed + m * l.input_map;
             T *pixels = l.stride == 1 ? to + l.place[0] : line;
             pixels_from_planes<padded>(row + m * step, map.channel, l.valid, l.width, pixels);
-            for (int64_t x = 0; l.stride > 1 && x < l.width; x++) std::copy_n(line + x * padded, padded, to + l.place[x]);
+            for (int64_t x = 0; l.stride > 1 && x < width; x++) std::copy_n(line + x * padded, padded, to + place[x]);
         }
     });
     done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [&](auto padded) {
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t m = 0; m < l.heads; m++)
-                copy_pixel<padded>(row + x * map.column + m * step, packed + m * l.input_map + l.place[x]);
+        for (int64_t x = 0; x < width; x++)
+            for (int64_t m = 0; m < heads; m++)
+                copy_pixel<padded>(row + x * column + m * step, packed + m * pitch + place[x]);
     }));
     if (done) return;
     for (int64_t m = 0; m < l.heads; m++)
@@ -119,25 +123,26 @@ void pack_input(const Layout &l, const Map &map, const S *row, T *packed, T *lin
 
 // The inverse of pack_input for gradients.
 void unpack_input_grad(const Layout &l, const Map &map, const T *packed, S *row, T *line) {
+    const int64_t width = l.width, heads = l.heads, pitch = l.input_map, column = map.column;
     const int64_t step = l.dim * map.channel;
+    const int64_t *place = l.result_place.data();
     if (map.channel == 1 && l.valid == LANES) {
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t m = 0; m < l.heads; m++)
-                write(row + x * map.column + m * step, load(packed + m * l.input_map + l.result_place[x]));
+        for (int64_t x = 0; x < width; x++)
+            for (int64_t m = 0; m < heads; m++) write(row + x * column + m * step, load(packed + m * pitch + place[x]));
         return;
     }
     bool done = map.column == 1 && choose<1, 2, 4, 8, 16>(l.padded, [&](auto padded) {
         for (int64_t m = 0; m < l.heads; m++) {
             const T *from = packed + m * l.input_map;
-            for (int64_t x = 0; l.stride > 1 && x < l.width; x++) std::copy_n(from + l.result_place[x], padded, line + x * padded);
+            for (int64_t x = 0; l.stride > 1 && x < width; x++) std::copy_n(from + place[x], padded, line + x * padded);
             const T *pixels = l.stride == 1 ? from + l.result_place[0] : line;
             planes_from_pixels<padded>(pixels, map.channel, l.valid, l.width, row + m * step);
         }
     });
     done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [&](auto padded) {
-        for (int64_t x = 0; x < l.width; x++)
-            for (int64_t m = 0; m < l.heads; m++)
-                copy_pixel<padded>(packed + m * l.input_map + l.result_place[x], row + x * map.column + m * step);
+        for (int64_t x = 0; x < width; x++)
+            for (int64_t m = 0; m < heads; m++)
+                copy_pixel<padded>(packed + m * pitch + place[x], row + x * column + m * step);
     }));
     if (done) return;
     for (int64_t m = 0; m < l.heads; m++)

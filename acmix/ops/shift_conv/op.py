@@ -45,7 +45,7 @@ def shift_conv(
         fc_bias: (k²,) or None; it passes through the zero-padded shift, so it is no constant near the border.
         bias: (N*d,) or None.
         stride, dilation: Of the grouped convolution; its padding is dilation * (k // 2), zeros.
-        impl: `auto`, or one of `unfolded` (two steps over channels_last maps, fewer products from 5 heads on), `cpp`
+        impl: `auto`, or one of `unfolded` (two steps, fewer products from 5 heads on), `cpp`
             (folded, in C++, on a CPU), `folded` (grouped convolution), `dense` (folded, zeros between the groups),
             `reference` (two steps): that one runs or the call fails. The former name `compiled` for `cpp` still works.
 

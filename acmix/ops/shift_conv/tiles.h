@@ -19,7 +19,8 @@ constexpr bool AVX = true;
 constexpr bool AVX = false;
 #endif
 constexpr int MOST_OUTS = 4, MOST_STEPS = 8;  // of a register tile: outputs, and vectors of each
-constexpr int steps_of(int outs) { return std::min(MOST_STEPS, (REGISTERS == 32 ? 24 : 12) / outs); }
+constexpr int MOST_SUMS = REGISTERS == 32 ? 24 : 12;
+constexpr int steps_of(int outs) { return outs == 1 ? 4 : std::min(MOST_STEPS, MOST_SUMS / outs); }
 
 // Keeps a loaded vector in its register: compilers load it again for each of its uses, which then wait for the memory.
 inline void keep(Vec &value) {
@@ -60,7 +61,7 @@ inline void fetch(Ahead::Stream &stream, int64_t rate) {
     for (int64_t i = 0; i < rate && stream.offset != stream.end; i++) __builtin_prefetch(stream.base + *stream.offset++);
 }
 
-// The rows that a row of results is summed over. Tap t of each is at offset[t]; its weights are in the order of the taps.
+// The rows that a row of results is summed over. Tap t of each is at offset[t]; the weights are in the order of the taps.
 struct Taps {
     std::vector<const T *> rows;
     std::vector<int64_t> first;  // weight of each row, of one output
@@ -140,18 +141,20 @@ __attribute__((noinline)) void correlate(const Pairs &pairs, int64_t head, const
 using Convolve = void (*)(const Taps &, int64_t, T *, int64_t, int64_t);
 using Correlate = void (*)(const Pairs &, int64_t, const int64_t *, T *);
 
-template <int OUTS, int... I>
-void list_tiles(Convolve *convolves, Correlate *correlates, std::integer_sequence<int, I...>) {
-    ((convolves[I + 1] = convolve<OUTS, I + 1>, correlates[I + 1] = correlate<OUTS, I + 1>), ...);
-}
-
+// By outputs and vectors of each; taps that are correlated come by threes, as q, k and v do.
 struct Tiles {
     Convolve convolve[MOST_OUTS + 1][MOST_STEPS + 1];
     Correlate correlate[MOST_OUTS + 1][MOST_STEPS + 1];
     Tiles() { list(std::make_integer_sequence<int, MOST_OUTS>()); }
     template <int... I>
     void list(std::integer_sequence<int, I...>) {
-        (list_tiles<I + 1>(convolve[I + 1], correlate[I + 1], std::make_integer_sequence<int, steps_of(I + 1)>()), ...);
+        (list_outs<I + 1>(std::make_integer_sequence<int, steps_of(I + 1)>()), ...);
+    }
+    template <int OUTS, int... I>
+    void list_outs(std::integer_sequence<int, I...>) {
+        ((convolve[OUTS][I + 1] = ::convolve<OUTS, I + 1>), ...);
+        correlate[OUTS][3] = ::correlate<OUTS, 3>;
+        if constexpr (OUTS * 6 <= MOST_SUMS) correlate[OUTS][6] = ::correlate<OUTS, 6>;
     }
 };
 const Tiles tiles;
