@@ -47,6 +47,18 @@ T *scratch(int64_t size) {
     return memory.data();
 }
 
+// `count` numbers, fewer than LANES, in powers of two, whose sizes the compiler knows. It would make a masked store of a
+// plain loop, for which GCC 12 takes an instruction (vextractf64x4) that also touches what the mask leaves out: a fault
+// where a map ends with its page.
+inline void copy_some(const S *from, S *to, int64_t count) {
+#pragma GCC unroll 8
+    for (int n = LANES / 2; n > 0; n /= 2)
+        if (count & n) {
+            std::memcpy(to, from, n * sizeof(S));
+            to += n, from += n;
+        }
+}
+
 // work(i) for i in begin..end-1, in any order, each on one thread.
 template <class Work>
 void parallel(int64_t begin, int64_t end, [[maybe_unused]] int64_t threads, Work work) {

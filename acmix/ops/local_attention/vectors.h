@@ -95,19 +95,10 @@ inline Vec widen_some(const S *p, int64_t count) {
     return widen<Vec>(some);
 }
 
-// In powers of two, whose sizes the compiler knows. It would make a masked store of a plain loop, for which GCC 12
-// takes an instruction (vextractf64x4) that also touches what the mask leaves out: a fault where a map ends with its
-// page.
 inline void narrow_some(S *p, Vec v, int64_t count) {
     S some[LANES];
     narrow<Vec>(some, v);
-    const S *from = some;
-#pragma GCC unroll 8
-    for (int n = LANES / 2; n > 0; n /= 2)
-        if (count & n) {
-            std::memcpy(p, from, n * sizeof(S));
-            p += n, from += n;
-        }
+    copy_some(some, p, count);
 }
 
 // Lanes of a and b: FROM, FROM + STEP, ... where STEP is given; else from FROM on of each in turn.

@@ -41,7 +41,7 @@ inline void write(Stored *p, Vec value) {
     }
 }
 
-// The first `count` lanes, the others zero. Compilers make masked accesses of these loops.
+// The first `count` lanes, the others zero. Compilers make masked loads of the loop.
 inline Vec read(const S *p, int64_t count) {
     S values[LANES];
     for (int i = 0; i < LANES; i++) values[i] = i < count ? p[i] : S(0);
@@ -51,8 +51,7 @@ inline Vec read(const S *p, int64_t count) {
 inline void write(S *p, Vec value, int64_t count) {
     S values[LANES];
     write(values, value);
-    for (int i = 0; i < LANES; i++)
-        if (i < count) p[i] = values[i];
+    copy_some(values, p, count);
 }
 
 template <int... I>
