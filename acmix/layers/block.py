@@ -129,14 +129,13 @@ class ACmix(nn.Module):
         attention, convolution = self.attention, self.convolution
         if type(attention) is not LocalAttention or type(convolution) is not ShiftConv:
             return None
-        windows = attention.window, convolution.window
+        window = attention.window
         side_by_side = qkv.permute(0, 2, 3, 1)
-        if local_mix_refusal(side_by_side, self.heads, *windows, attention.impl, convolution.impl):
+        if local_mix_refusal(side_by_side, self.heads, window, convolution.window, attention.impl, convolution.impl):
             return None
         if (weight := convolution.folded_weight(beta)) is None:
             return None
         alpha = torch.as_tensor(alpha, dtype=weight.dtype, device=weight.device)
-        window = attention.window
         return local_mix(
             side_by_side, attention.position_weight, weight, alpha,
             window.kernel_size, window.stride, window.dilation, channels_last=channels_last,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from acmix.layers.block import ACmix
 from acmix.layers.convolution import ShiftConv
 from acmix.layers.plain import is_plain
+from acmix.ops.shift_conv import fold
 from acmix.ops.shift_conv.implementations import MAX_FOLDED_HEADS
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -81,7 +82,7 @@ def _can_fold(convolution: nn.Module) -> bool:
 
 def _folded(convolution: ShiftConv) -> ShiftConv:
     """The path of kind `full` that gives the same."""
-    weight = torch.einsum("oiyx,im->omyx", _exact(convolution.shift_weight), _exact(convolution.fc_weight))
+    weight = fold(_exact(convolution.fc_weight), _exact(convolution.shift_weight))
     with torch.device("meta"):
         folded = ShiftConv(
             convolution.heads,
