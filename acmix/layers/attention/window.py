@@ -1,7 +1,4 @@
-"""The attention paths of an ACmix block: the sliding window of the ResNets and the shifted window of Swin.
-
-SAN's patchwise and PVT's global attention belong here as further subclasses of AttentionPath.
-"""
+"""The shifted window of Swin."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,121 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from acmix.layers.attention.base import AttentionPath
 from acmix.layers.derived import DerivedBuffers
 from acmix.layers.fixed_size import with_fixed_size
-from acmix.layers.path import ParityCase, Path, strided_numel
-from acmix.layers.plain import is_plain
-from acmix.ops import local_attention
-from acmix.ops.implementations import Window, transformed
-
-
-class AttentionPath(Path):
-    """Base of the attention paths: a subclass writes `attend`, and says what a `Path` says.
-
-    Args:
-        heads: N.
-        head_dim: d.
-        project: Whether a linear layer `proj` follows the attention, as in transformers.
-        impl: See `Path`.
-    """
-
-    def __init__(self, heads: int, head_dim: int, *, project: bool = False, impl: str = "auto") -> None:
-        super().__init__(heads, head_dim, impl)
-        self.proj = nn.Linear(heads * head_dim, heads * head_dim) if project else None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention itself, before any projection: maps in, a map out. `reference` is its specification."""
-        raise self._missing("attend")
-
-    def pad(self, x: Tensor) -> Tensor:
-        """The block's input as this path needs it: a path that tiles the map pads it with zeros below and right."""
-        return x
-
-    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, add_to: Tensor | None) -> Tensor:
-        return self.finish(self.attend(q, k, v), scale, add_to)
-
-    def finish(self, out: Tensor, scale: Tensor | float, add_to: Tensor | None) -> Tensor:
-        """add_to + scale · projection of `out`; padding that exceeds `add_to` is cut off first."""
-        if add_to is not None:
-            out = out[..., : add_to.shape[-2], : add_to.shape[-1]]
-        if self.proj is None:
-            return super().finish(out, scale, add_to)
-        if not is_plain(self.proj, nn.Linear):
-            return super().finish(self.proj(out.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), scale, add_to)
-        # scaling the matrix is cheaper than scaling a map
-        bias = None if self.proj.bias is None else scale * self.proj.bias
-        out = F.linear(out.permute(0, 2, 3, 1), scale * self.proj.weight, bias).permute(0, 3, 1, 2)
-        if add_to is None:
-            return out
-        return out + add_to if transformed() else out.add_(add_to)  # vmap allows this only if `out` has its dimension
-
-    def projection_multiply_adds(self, shape: Sequence[int]) -> int:
-        """Multiply-adds of `proj` over maps of this shape; 0 without one. For `multiply_adds` of a path that has it."""
-        return 0 if self.proj is None else math.prod(shape) * self.heads * self.head_dim
-
-
-class LocalAttention(AttentionPath):
-    """Sliding-window attention with linear relative positions (paper section 4, the ResNet version).
-
-    Args:
-        heads: N.
-        head_dim: d.
-        kernel_size: Window K, odd.
-        stride: Queries are every stride-th pixel.
-        dilation: Spacing of the window's members.
-        impl: Implementation of `acmix.ops.local_attention`.
-
-    Raises:
-        ValueError: for an even kernel size; at the call, for a map not larger than dilation * (K // 2).
-    """
-
-    def __init__(
-        self, heads: int, head_dim: int, kernel_size: int = 7, stride: int = 1, dilation: int = 1, *, impl: str = "auto"
-    ) -> None:
-        super().__init__(heads, head_dim, impl=impl)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_att {kernel_size} has no centre pixel: choose an odd size, such as 7")
-        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
-        # No bias: it cancels in e_i - e_j, and an unused parameter would stop DistributedDataParallel.
-        self.position_weight = nn.Parameter(torch.empty(head_dim, 2))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the position weight uniformly, as a 1×1 convolution over the two coordinates would be."""
-        nn.init.uniform_(self.position_weight, -1 / math.sqrt(2), 1 / math.sqrt(2))
-
-    @property
-    def window(self) -> Window:
-        """The window of every query."""
-        return Window(self.kernel_size, self.stride, self.dilation)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(q, k, v, self.impl)
-
-    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`acmix.ops.reference.local_attention`."""
-        return self._attend(q, k, v, "reference")
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
-        return local_attention(
-            q, k, v, self.position_weight, self.kernel_size, self.stride, impl, dilation=self.dilation
-        )
-
-    def multiply_adds(self, shape: Sequence[int]) -> int:
-        """K² products of width d for the logits and as many for the values, for each head and query."""
-        return 2 * self.kernel_size**2 * strided_numel(shape, self.stride)
-
-    @classmethod
-    def parity_cases(cls) -> Iterator[ParityCase]:
-        yield {"heads": 3, "head_dim": 4}, (9, 7)
-        yield {"heads": 2, "head_dim": 8, "kernel_size": 3, "stride": 2}, (7, 6)
-        yield {"heads": 1, "head_dim": 5, "kernel_size": 5, "dilation": 2}, (8, 11)
-
-    def extra_repr(self) -> str:
-        return (
-            f"heads={self.heads}, head_dim={self.head_dim}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"dilation={self.dilation}, impl={self.impl}"
-        )
+from acmix.layers.path import ParityCase
 
 
 class WindowAttention(DerivedBuffers, AttentionPath):

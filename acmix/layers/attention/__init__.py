@@ -1,0 +1,7 @@
+"""The attention paths of an ACmix block, a file each."""
+
+from acmix.layers.attention.base import AttentionPath
+from acmix.layers.attention.local import LocalAttention
+from acmix.layers.attention.window import WindowAttention
+
+__all__ = ["AttentionPath", "LocalAttention", "WindowAttention"]

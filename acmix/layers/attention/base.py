@@ -1,0 +1,56 @@
+"""What every attention path has: maps in, a map out, and an optional projection after it."""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmix.layers.path import Path
+from acmix.layers.plain import is_plain
+from acmix.ops.implementations import transformed
+
+
+class AttentionPath(Path):
+    """Base of the attention paths: a subclass writes `attend`, and says what a `Path` says.
+
+    Args:
+        heads: N.
+        head_dim: d.
+        project: Whether a linear layer `proj` follows the attention, as in transformers.
+        impl: See `Path`.
+    """
+
+    def __init__(self, heads: int, head_dim: int, *, project: bool = False, impl: str = "auto") -> None:
+        super().__init__(heads, head_dim, impl)
+        self.proj = nn.Linear(heads * head_dim, heads * head_dim) if project else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention itself, before any projection: maps in, a map out. `reference` is its specification."""
+        raise self._missing("attend")
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The block's input as this path needs it: a path that tiles the map pads it with zeros below and right."""
+        return x
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, add_to: Tensor | None) -> Tensor:
+        return self.finish(self.attend(q, k, v), scale, add_to)
+
+    def finish(self, out: Tensor, scale: Tensor | float, add_to: Tensor | None) -> Tensor:
+        """add_to + scale · projection of `out`; padding that exceeds `add_to` is cut off first."""
+        if add_to is not None:
+            out = out[..., : add_to.shape[-2], : add_to.shape[-1]]
+        if self.proj is None:
+            return super().finish(out, scale, add_to)
+        if not is_plain(self.proj, nn.Linear):
+            return super().finish(self.proj(out.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), scale, add_to)
+        # scaling the matrix is cheaper than scaling a map
+        bias = None if self.proj.bias is None else scale * self.proj.bias
+        out = F.linear(out.permute(0, 2, 3, 1), scale * self.proj.weight, bias).permute(0, 3, 1, 2)
+        if add_to is None:
+            return out
+        return out + add_to if transformed() else out.add_(add_to)  # vmap allows this only if `out` has its dimension
+
+    def projection_multiply_adds(self, shape: Sequence[int]) -> int:
+        """Multiply-adds of `proj` over maps of this shape; 0 without one. For `multiply_adds` of a path that has it."""
+        return 0 if self.proj is None else math.prod(shape) * self.heads * self.head_dim
