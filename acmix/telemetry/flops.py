@@ -58,4 +58,5 @@ class _PathCounts:
     def _leave(self, path: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         assert isinstance(path, Path)
         seen = (self.counter.get_total_flops() - self._before) // 2
-        self.correction += path.multiply_adds(inputs[0].shape) - seen
+        batch, _, height, width = inputs[0].shape
+        self.correction += path.multiply_adds((batch, path.heads * path.head_dim, height, width)) - seen
