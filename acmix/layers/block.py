@@ -1,5 +1,6 @@
 """The ACmix block: one set of projections, two paths, one mix."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -31,7 +32,8 @@ class ACmix(nn.Module):
         dilation: Of both paths.
         mix: Mode of `PathMix`. A path that the mode leaves out is not built.
         shift: Kind of `ShiftConv`.
-        attention: The attention path; None builds `LocalAttention` from the arguments above.
+        attention: The attention path; None builds `LocalAttention` from the arguments above. The block projects what
+            the path asks for (`AttentionPath.maps`), also where the mix then leaves the path out.
         conv_bias: Whether the convolution path's fully connected layer has a bias (Swin has one).
         impl: Implementation of local attention; `reference` and `cpp` hold for the convolution path too, which
             otherwise chooses for itself.
@@ -75,7 +77,11 @@ class ACmix(nn.Module):
         self.in_channels, self.out_channels, self.heads, self.stride = in_channels, out_channels, heads, stride
         with nullcontext() if device is None else torch.device(device):
             self.mix = PathMix(mix, stage)
-            self.qkv = nn.Linear(in_channels, 3 * out_channels)  # rows: q, k, v, each (head, head_dim)
+            maps = (heads, heads, heads) if attention is None else attention.maps
+            shared_maps = sum(maps) if attention is None else attention.shared_maps
+            self.widths = [head_dim * count for count in maps]
+            """Channels of q, k and v."""
+            self.qkv = nn.Linear(in_channels, sum(self.widths))  # rows: q, k, v, each (head, head_dim)
             self.attention: AttentionPath | None = None
             self.convolution: ShiftConv | None = None
             if self.mix.has_attention:
@@ -83,8 +89,9 @@ class ACmix(nn.Module):
             if self.mix.has_convolution:
                 conv_impl = impl if impl in ("reference", "cpp") else "auto"
                 self.convolution = ShiftConv(
-                    heads, head_dim, kernel_conv, stride, dilation, kind=shift, bias=conv_bias, impl=conv_impl
-                )
+                    heads, head_dim, kernel_conv, stride, dilation,
+                    in_maps=shared_maps, kind=shift, bias=conv_bias, impl=conv_impl,
+                )  # fmt: skip
         if dtype is not None:
             self.to(dtype)
 
@@ -96,31 +103,30 @@ class ACmix(nn.Module):
         """
         self._check(x)
         height, width = x.shape[-2:]
-        pad = getattr(self.attention, "pad", None)  # a wrapper around the path may lack it
-        qkv = self._project(x if pad is None else pad(x))
+        qkv, (q, k, v) = self._maps(x)
         if not self._can_fuse():
-            q, k, v = qkv.chunk(3, 1)
             attention = None if self.attention is None else self._crop(self.attention(q, k, v), height, width)
             convolution = None
             if self.convolution is not None:
-                convolution = self.convolution(*self._inner(qkv, height, width))
+                convolution = self.convolution(*self._share(q, k, v, height, width))
             return self.mix(attention, convolution)
         alpha, beta = self.mix.weights()
-        if (out := self._in_one_pass(qkv, alpha, beta, is_channels_last(x))) is not None:
+        if qkv is not None and (out := self._in_one_pass(qkv, alpha, beta, is_channels_last(x))) is not None:
             return out
         if self.convolution is None:
             assert self.attention is not None
-            return self._crop(self.attention(*qkv.chunk(3, 1), scale=alpha), height, width)
+            return self._crop(self.attention(q, k, v, scale=alpha), height, width)
         # The weights go into the small matrices at the end of each path, and the second path adds to the first: the
         # maps are never read again just to be scaled and summed.
-        convolved = self.convolution(*self._inner(qkv, height, width), scale=beta)
+        convolved = self.convolution(*self._share(q, k, v, height, width), scale=beta)
         if self.attention is None:
             return convolved
-        return self.attention(*qkv.chunk(3, 1), scale=alpha, add_to=convolved)
+        return self.attention(q, k, v, scale=alpha, add_to=convolved)
 
-    def _inner(self, qkv: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-        """q, k and v without the attention's padding."""
-        return qkv[..., :height, :width].chunk(3, 1)
+    def _share(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v for the convolution path."""
+        share = getattr(self.attention, "share", None)  # a wrapper around the path may lack it
+        return (q, k, v) if share is None else share(q, k, v, height, width)
 
     def _in_one_pass(
         self, qkv: Tensor, alpha: Tensor | float, beta: Tensor | float, channels_last: bool
@@ -159,10 +165,27 @@ class ACmix(nn.Module):
         """The part of a path's output that belongs to an input of this size, which may have been padded."""
         return out[..., : -(-height // self.stride), : -(-width // self.stride)]
 
-    def _project(self, x: Tensor) -> Tensor:
-        """q, k and v side by side, (B, 3 * out_channels, H, W); on a CPU channels_last whatever x is."""
+    def _maps(self, x: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """q, k and v as the attention path wants them, and the one tensor that holds all three if there is one."""
+        pad, reduce = (getattr(self.attention, name, None) for name in ("pad", "reduce"))  # a wrapper may lack them
+        x = x if pad is None else pad(x)
+        smaller = x if reduce is None else reduce(x)
+        if smaller is x:
+            qkv = self._project(x)
+            return qkv, qkv.split(self.widths, 1)
+        of_q, of_k, of_v = self.widths
+        q, kv = self._project(x, slice(of_q)), self._project(smaller, slice(of_q, None))
+        return None, (q, *kv.split((of_k, of_v), 1))
+
+    def _project(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """q, k and v side by side, (B, widths, H, W), or these rows of them; on a CPU channels_last whatever x is."""
         channels_last = is_channels_last(x)
         as_convolution = channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
-        if as_convolution and is_plain(self.qkv, nn.Linear):
-            return F.conv2d(x, self.qkv.weight[:, :, None, None], self.qkv.bias)
-        return self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        tokens = x.permute(0, 2, 3, 1)
+        if not is_plain(self.qkv, nn.Linear) or (rows is None and not as_convolution):
+            projected: Tensor = self.qkv(tokens)
+            return (projected if rows is None else projected[..., rows]).permute(0, 3, 1, 2)
+        weight, bias = (w if rows is None or w is None else w[rows] for w in (self.qkv.weight, self.qkv.bias))
+        if as_convolution:
+            return F.conv2d(x, weight[:, :, None, None], bias)
+        return F.linear(tokens, weight, bias).permute(0, 3, 1, 2)

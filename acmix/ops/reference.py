@@ -76,8 +76,7 @@ def shift_conv(
 ) -> Tensor:
     """Fully connected layer over the map index, then a grouped convolution that shifts and sums."""
     kernel = shift_weight.shape[-1]
-    heads = fc_weight.shape[1] // 3
-    maps = torch.cat([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1)  # (B, 3N, d, H, W)
+    maps = torch.cat([q, k, v], 1).unflatten(1, (fc_weight.shape[1], -1))  # (B, 3N, d, H, W)
     mixed = torch.einsum("bmdyx,im->bdiyx", maps, fc_weight)
     if fc_bias is not None:
         mixed = mixed + fc_bias[:, None, None]

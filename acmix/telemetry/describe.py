@@ -1,7 +1,7 @@
 """What a network is made of: its stages with their maps and heads, and what each part weighs and costs."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class _Walk(RunningCount):
             module.register_forward_hook(self._leave_any),
         ]
 
-    def said(self, path: Path, multiply_adds: int, shape: torch.Size) -> None:
+    def said(self, path: Path, multiply_adds: int, shape: Sequence[int]) -> None:
         projected = path.projection_multiply_adds(shape) if isinstance(path, AttentionPath) else 0
         self._counts[self._now][_part_of(path)] += multiply_adds - projected
         self._in_paths += multiply_adds - projected

@@ -1,5 +1,6 @@
 """Multiply-adds of a model: what its mathematics asks for, whatever the implementation that runs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ class RunningCount:
             return []
         return [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
 
-    def said(self, path: Path, multiply_adds: int, shape: torch.Size) -> None:
-        """Called when a path has run on a q of this shape, with what it says."""
+    def said(self, path: Path, multiply_adds: int, shape: Sequence[int]) -> None:
+        """Called when a path has run on maps of this shape, with what it says."""
 
     def _seen(self) -> int:
         return self._counter.get_total_flops() // 2
@@ -74,6 +75,8 @@ class RunningCount:
 
     def _leave(self, path: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         assert isinstance(path, Path)
-        multiply_adds = path.multiply_adds(inputs[0].shape)
+        batch, _, height, width = inputs[0].shape
+        shape = (batch, path.heads * path.head_dim, height, width)  # q may have fewer maps
+        multiply_adds = path.multiply_adds(shape)
         self._correction += multiply_adds - (self._seen() - self._before)
-        self.said(path, multiply_adds, inputs[0].shape)
+        self.said(path, multiply_adds, shape)
