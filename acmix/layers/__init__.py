@@ -1,6 +1,6 @@
 """The parts of an ACmix network as modules: the block, its two paths and their mix."""
 
-from acmix.layers.attention import AttentionPath, LocalAttention, WindowAttention
+from acmix.layers.attention import AttentionPath, LocalAttention, ReducedAttention, WindowAttention
 from acmix.layers.block import ACmix
 from acmix.layers.convolution import ShiftConv
 from acmix.layers.mix import PathMix, path_weights
@@ -12,6 +12,7 @@ __all__ = [
     "LocalAttention",
     "Path",
     "PathMix",
+    "ReducedAttention",
     "ShiftConv",
     "WindowAttention",
     "path_weights",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +80,15 @@ class ACmix(nn.Module):
             self.mix = PathMix(mix, stage)
             maps = (heads, heads, heads) if attention is None else attention.maps
             shared_maps = sum(maps) if attention is None else attention.shared_maps
-            self.widths = [head_dim * count for count in maps]
+            if not self.mix.has_attention and shared_maps < sum(maps):
+                maps = shared_maps, 0, 0
+            self.widths = of_q, of_k, of_v = [head_dim * count for count in maps]
             """Channels of q, k and v."""
-            self.qkv = nn.Linear(in_channels, sum(self.widths))  # rows: q, k, v, each (head, head_dim)
+            self.reduces = attention is not None and attention.reduces and self.mix.has_attention
+            if self.reduces:
+                self.q, self.kv = nn.Linear(in_channels, of_q), nn.Linear(in_channels, of_k + of_v)
+            else:
+                self.qkv = nn.Linear(in_channels, sum(self.widths))  # rows: q, k, v, each (head, head_dim)
             self.attention: AttentionPath | None = None
             self.convolution: ShiftConv | None = None
             if self.mix.has_attention:
@@ -95,8 +102,12 @@ class ACmix(nn.Module):
         if dtype is not None:
             self.to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Any:
         """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)), any memory format.
+
+        With tokens (B, T, in_channels), vectors without a place in the map such as a class token, the result is a pair:
+        the map and the tokens (B, T, out_channels). A path that `takes_tokens` attends to them and from them as to and
+        from any pixel; they go past the convolution path and get alpha · attention.
 
         Where the mix or a path has hooks, is wrapped or replaced, all three are called as modules, each with its own
         map. Otherwise the paths are computed straight into their weighted sum: the same up to rounding.
@@ -104,6 +115,8 @@ class ACmix(nn.Module):
         self._check(x)
         height, width = x.shape[-2:]
         qkv, (q, k, v) = self._maps(x)
+        if tokens is not None:
+            return self._with_tokens(q, k, v, tokens)
         if not self._can_fuse():
             attention = None if self.attention is None else self._crop(self.attention(q, k, v), height, width)
             convolution = None
@@ -122,6 +135,23 @@ class ACmix(nn.Module):
         if self.attention is None:
             return convolved
         return self.attention(q, k, v, scale=alpha, add_to=convolved)
+
+    def _with_tokens(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` with tokens: the attention path sees them and the pixels as one row, (B, widths, 1, T + H · W)."""
+        if self.attention is None or not getattr(self.attention, "takes_tokens", False):
+            path = "a convolution path alone" if self.attention is None else type(self.attention).__name__
+            raise ValueError(f"{path} takes no tokens beside the map: it needs a global attention, as ReducedAttention")
+        height, width = q.shape[-2:]
+        count = tokens.shape[1]
+        of_tokens = self.qkv(tokens).split(self.widths, 2)
+        rows = [torch.cat((t, m.flatten(2).mT), 1).mT[:, :, None] for t, m in zip(of_tokens, (q, k, v), strict=True)]
+        attended = self.attention(*rows)[:, :, 0]
+        convolution = None
+        if self.convolution is not None:
+            convolution = self.convolution(*self._share(q, k, v, height, width))
+        alpha, _ = self.mix.weights()
+        mixed = self.mix(attended[:, :, count:].unflatten(2, (height, width)), convolution)
+        return mixed, (alpha * attended[:, :, :count]).mT
 
     def _share(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v for the convolution path."""
@@ -167,25 +197,19 @@ class ACmix(nn.Module):
 
     def _maps(self, x: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         """q, k and v as the attention path wants them, and the one tensor that holds all three if there is one."""
-        pad, reduce = (getattr(self.attention, name, None) for name in ("pad", "reduce"))  # a wrapper may lack them
+        pad = getattr(self.attention, "pad", None)  # a wrapper around the path may lack it
         x = x if pad is None else pad(x)
-        smaller = x if reduce is None else reduce(x)
-        if smaller is x:
-            qkv = self._project(x)
+        if not self.reduces:
+            qkv = self._project(self.qkv, x)
             return qkv, qkv.split(self.widths, 1)
-        of_q, of_k, of_v = self.widths
-        q, kv = self._project(x, slice(of_q)), self._project(smaller, slice(of_q, None))
-        return None, (q, *kv.split((of_k, of_v), 1))
+        assert self.attention is not None
+        kv = self._project(self.kv, self.attention.reduce(x))
+        return None, (self._project(self.q, x), *kv.split(self.widths[1:], 1))
 
-    def _project(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """q, k and v side by side, (B, widths, H, W), or these rows of them; on a CPU channels_last whatever x is."""
+    def _project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """A linear layer over the channels of a map; on a CPU channels_last whatever x is."""
         channels_last = is_channels_last(x)
         as_convolution = channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
-        tokens = x.permute(0, 2, 3, 1)
-        if not is_plain(self.qkv, nn.Linear) or (rows is None and not as_convolution):
-            projected: Tensor = self.qkv(tokens)
-            return (projected if rows is None else projected[..., rows]).permute(0, 3, 1, 2)
-        weight, bias = (w if rows is None or w is None else w[rows] for w in (self.qkv.weight, self.qkv.bias))
-        if as_convolution:
-            return F.conv2d(x, weight[:, :, None, None], bias)
-        return F.linear(tokens, weight, bias).permute(0, 3, 1, 2)
+        if as_convolution and is_plain(layer, nn.Linear):
+            return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+        return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
