@@ -1,6 +1,12 @@
 """The parts of an ACmix network as modules: the block, its two paths and their mix."""
 
-from acmix.layers.attention import AttentionPath, LocalAttention, ReducedAttention, WindowAttention
+from acmix.layers.attention import (
+    AttentionPath,
+    LocalAttention,
+    PatchwiseAttention,
+    ReducedAttention,
+    WindowAttention,
+)
 from acmix.layers.block import ACmix
 from acmix.layers.convolution import ShiftConv
 from acmix.layers.mix import PathMix, path_weights
@@ -10,6 +16,7 @@ __all__ = [
     "ACmix",
     "AttentionPath",
     "LocalAttention",
+    "PatchwiseAttention",
     "Path",
     "PathMix",
     "ReducedAttention",

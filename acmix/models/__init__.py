@@ -3,8 +3,8 @@
 from acmix.errors import needs_train_extra
 
 with needs_train_extra():
-    from acmix.models import acmix_pvt, acmix_resnet, acmix_swin
+    from acmix.models import acmix_pvt, acmix_resnet, acmix_san, acmix_swin
     from acmix.models.factory import create_model
     from acmix.models.official import load_official
 
-__all__ = ["acmix_pvt", "acmix_resnet", "acmix_swin", "create_model", "load_official"]
+__all__ = ["acmix_pvt", "acmix_resnet", "acmix_san", "acmix_swin", "create_model", "load_official"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from acmix.layers import ACmix, PatchwiseAttention
 from acmix.layers.path import Path
 
 
@@ -26,6 +27,48 @@ def count_multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
     count = RunningCount()
     count.run(model, *inputs)
     return count.total
+
+
+def count_like_san(model: nn.Module, *inputs: Tensor) -> int:
+    """What the counter of SAN's authors gives for one forward pass: more than its multiply-adds.
+
+    To `count_multiply_adds` it adds a bias for each value of a convolution or a projection to q, k and v that has one,
+    two for each value that a batch norm reads, one for each that a ReLU gives and one for each that a pooling reads.
+    SAN's published figures, and so those of ACmix-SAN, are counted like this.
+    """
+    counted = 0
+
+    def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal counted
+        counted += _like_san(module, given, out)
+
+    paths = [module for module in model.modules() if isinstance(module, Path)]
+    inside = {part for path in paths for part in path.modules()} - set(paths)  # a path computes without its layers
+    handles = [module.register_forward_hook(add) for module in model.modules() if module not in inside]
+    try:
+        return count_multiply_adds(model, *inputs) + counted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _like_san(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> int:
+    """What SAN's counter adds for this module itself to its multiply-adds."""
+    if isinstance(module, nn.BatchNorm2d):
+        return 2 * inputs[0].numel()
+    if isinstance(module, nn.ReLU):
+        return out.numel()
+    if isinstance(module, nn.MaxPool2d | nn.AdaptiveAvgPool2d):
+        return inputs[0].numel()
+    if isinstance(module, nn.Conv2d) and module.bias is not None:
+        return out.numel()
+    if isinstance(module, ACmix) and not module.reduces and module.qkv.bias is not None:
+        return sum(module.widths) * inputs[0].numel() // inputs[0].shape[1]
+    if isinstance(module, PatchwiseAttention):
+        first, second = module.reduce_patch, module.expand  # a norm and a ReLU before each
+        pixels = inputs[0].numel() // inputs[0].shape[1]
+        return pixels * (3 * (first.in_channels + second.in_channels) + second.out_channels)
+    return 0
 
 
 class RunningCount:

@@ -42,6 +42,7 @@ def paths_of_ours(base: type[Path] = Path) -> list[type[Path]]:
 def test_the_paths_of_ours_are_all_found():
     assert {path.__name__ for path in paths_of_ours()} == {
         "LocalAttention",
+        "PatchwiseAttention",
         "ReducedAttention",
         "ShiftConv",
         "WindowAttention",
