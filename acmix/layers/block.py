@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from acmix.layers.attention import AttentionPath, LocalAttention
 from acmix.layers.convolution import ShiftConv
@@ -25,7 +26,7 @@ class ACmix(nn.Module):
         in_channels: Channels of the input map.
         out_channels: Channels of the output map, N * d.
         heads: N.
-        kernel_att: Window of the local attention, odd.
+        kernel_att: Window of the local attention, odd; on a map smaller than it the window shrinks to what fits.
         kernel_conv: Kernel of the convolution path, odd.
         stride: Of both paths.
         dilation: Of both paths.
@@ -40,7 +41,7 @@ class ACmix(nn.Module):
 
     Raises:
         ValueError: if heads do not divide out_channels, a kernel is even, or a name is unknown; at the call, for
-            an input of another shape or of integers, or a map too small for the window.
+            an input of another shape or of integers.
     """
 
     def __init__(
@@ -91,19 +92,22 @@ class ACmix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)), any memory format.
 
-        Where the mix or a path has hooks, is wrapped or replaced, all three are called as modules, each with its own
-        map. Otherwise the paths are computed straight into their weighted sum: the same up to rounding.
+        Where the mix or a path has hooks, is wrapped or replaced, or torch.fx traces, all three are called as modules,
+        each with its own map. Otherwise the paths are computed straight into their weighted sum: the same up to
+        rounding.
         """
-        self._check(x)
+        traced = isinstance(x, Proxy)
+        if not traced:
+            self._check(x)
         height, width = x.shape[-2:]
         pad = getattr(self.attention, "pad", None)  # a wrapper around the path may lack it
         qkv = self._project(x if pad is None else pad(x))
-        if not self._can_fuse():
-            q, k, v = qkv.chunk(3, 1)
-            attention = None if self.attention is None else self._crop(self.attention(q, k, v), height, width)
-            convolution = None
+        if traced or not self._can_fuse():
+            attention = convolution = None
+            if self.attention is not None:
+                attention = self._crop(_call(self.attention, qkv), height, width)
             if self.convolution is not None:
-                convolution = self.convolution(*self._inner(qkv, height, width))
+                convolution = _call(self.convolution, qkv[..., :height, :width])
             return self.mix(attention, convolution)
         alpha, beta = self.mix.weights()
         if (out := self._in_one_pass(qkv, alpha, beta, is_channels_last(x))) is not None:
@@ -161,8 +165,24 @@ class ACmix(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         """q, k and v side by side, (B, 3 * out_channels, H, W); on a CPU channels_last whatever x is."""
-        channels_last = is_channels_last(x)
-        as_convolution = channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
-        if as_convolution and is_plain(self.qkv, nn.Linear):
+        if not isinstance(x, Proxy) and self._as_convolution(x) and is_plain(self.qkv, nn.Linear):
             return F.conv2d(x, self.qkv.weight[:, :, None, None], self.qkv.bias)
         return self.qkv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _as_convolution(self, x: Tensor) -> bool:
+        """Whether a 1×1 convolution is a faster projection than a matrix product."""
+        channels_last = is_channels_last(x)
+        return channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
+
+
+def _call(path: nn.Module, qkv: Tensor) -> Tensor:
+    """A path's map of q, k and v; one node in a graph of torch.fx, whatever the path asks of its inputs."""
+    q, k, v = qkv.chunk(3, 1)
+    if not isinstance(qkv, Proxy):
+        return path(q, k, v)
+    tracer = qkv.tracer
+
+    def as_node(*maps: Proxy) -> Proxy:
+        return tracer.create_proxy("call_module", tracer.path_of_module(path), maps, {})
+
+    return tracer.call_module(path, as_node, (q, k, v), {})
