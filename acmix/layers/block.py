@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from acmix.layers.attention import AttentionPath, LocalAttention
 from acmix.layers.convolution import ShiftConv
@@ -27,7 +28,7 @@ class ACmix(nn.Module):
         in_channels: Channels of the input map.
         out_channels: Channels of the output map, N * d.
         heads: N.
-        kernel_att: Window of the local attention, odd.
+        kernel_att: Window of the local attention, odd; on a map smaller than it the window shrinks to what fits.
         kernel_conv: Kernel of the convolution path, odd.
         stride: Of both paths.
         dilation: Of both paths.
@@ -43,7 +44,7 @@ class ACmix(nn.Module):
 
     Raises:
         ValueError: if heads do not divide out_channels, a kernel is even, or a name is unknown; at the call, for
-            an input of another shape or of integers, or a map too small for the window.
+            an input of another shape or of integers.
     """
 
     def __init__(
@@ -109,19 +110,22 @@ class ACmix(nn.Module):
         the map and the tokens (B, T, out_channels). A path that `takes_tokens` attends to them and from them as to and
         from any pixel; they go past the convolution path and get alpha · attention.
 
-        Where the mix or a path has hooks, is wrapped or replaced, all three are called as modules, each with its own
-        map. Otherwise the paths are computed straight into their weighted sum: the same up to rounding.
+        Where the mix or a path has hooks, is wrapped or replaced, or torch.fx traces, all three are called as modules,
+        each with its own map. Otherwise the paths are computed straight into their weighted sum: the same up to
+        rounding.
         """
-        self._check(x)
+        traced = isinstance(x, Proxy)
+        if not traced:
+            self._check(x)
         height, width = x.shape[-2:]
         qkv, (q, k, v) = self._maps(x)
         if tokens is not None:
             return self._with_tokens(q, k, v, tokens)
-        if not self._can_fuse():
-            attention = None if self.attention is None else self._crop(self.attention(q, k, v), height, width)
+        if traced or not self._can_fuse():
+            attention = None if self.attention is None else self._crop(_call(self.attention, q, k, v), height, width)
             convolution = None
             if self.convolution is not None:
-                convolution = self.convolution(*self._share(q, k, v, height, width))
+                convolution = _call(self.convolution, *self._share(q, k, v, height, width))
             return self.mix(attention, convolution)
         alpha, beta = self.mix.weights()
         if qkv is not None and (out := self._in_one_pass(qkv, alpha, beta, is_channels_last(x))) is not None:
@@ -143,12 +147,11 @@ class ACmix(nn.Module):
             raise ValueError(f"{path} takes no tokens beside the map: it needs a global attention, as ReducedAttention")
         height, width = q.shape[-2:]
         count = tokens.shape[1]
-        of_tokens = self.qkv(tokens).split(self.widths, 2)
-        rows = [torch.cat((t, m.flatten(2).mT), 1).mT[:, :, None] for t, m in zip(of_tokens, (q, k, v), strict=True)]
-        attended = self.attention(*rows)[:, :, 0]
+        of_q, of_k, of_v = self.qkv(tokens).split(self.widths, 2)
+        attended = _call(self.attention, _row(of_q, q), _row(of_k, k), _row(of_v, v))[:, :, 0]
         convolution = None
         if self.convolution is not None:
-            convolution = self.convolution(*self._share(q, k, v, height, width))
+            convolution = _call(self.convolution, *self._share(q, k, v, height, width))
         alpha, _ = self.mix.weights()
         mixed = self.mix(attended[:, :, count:].unflatten(2, (height, width)), convolution)
         return mixed, (alpha * attended[:, :, :count]).mT
@@ -203,13 +206,33 @@ class ACmix(nn.Module):
             qkv = self._project(self.qkv, x)
             return qkv, qkv.split(self.widths, 1)
         assert self.attention is not None
-        kv = self._project(self.kv, self.attention.reduce(x))
-        return None, (self._project(self.q, x), *kv.split(self.widths[1:], 1))
+        k, v = self._project(self.kv, self.attention.reduce(x)).split(self.widths[1:], 1)
+        return None, (self._project(self.q, x), k, v)
 
     def _project(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """A linear layer over the channels of a map; on a CPU channels_last whatever x is."""
-        channels_last = is_channels_last(x)
-        as_convolution = channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
-        if as_convolution and is_plain(layer, nn.Linear):
+        if not isinstance(x, Proxy) and self._as_convolution(x) and is_plain(layer, nn.Linear):
             return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
         return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _as_convolution(self, x: Tensor) -> bool:
+        """Whether a 1×1 convolution is a faster projection than a matrix product."""
+        channels_last = is_channels_last(x)
+        return channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
+
+
+def _row(tokens: Tensor, maps: Tensor) -> Tensor:
+    """Tokens (B, T, C) and the pixels of a map (B, C, H, W) as a map of one row: (B, C, 1, T + H · W)."""
+    return torch.cat((tokens, maps.flatten(2).mT), 1).mT[:, :, None]
+
+
+def _call(path: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A path's map of q, k and v; one node in a graph of torch.fx, whatever the path asks of its inputs."""
+    if not isinstance(q, Proxy):
+        return path(q, k, v)
+    tracer = q.tracer
+
+    def as_node(*maps: Proxy) -> Proxy:
+        return tracer.create_proxy("call_module", tracer.path_of_module(path), maps, {})
+
+    return tracer.call_module(path, as_node, (q, k, v), {})

@@ -22,6 +22,7 @@ from acmix.layers.attention.reduced import filled_to
 from acmix.layers.fixed_size import with_fixed_size
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
+from acmix.models.placed import placed
 
 EPS = 1e-6  # of the layer norms that are PVT's argument; those of patches and reduction have PyTorch's 1e-5
 POOLS = ("token", "avg", "max", "")
@@ -180,6 +181,7 @@ class ACmixPVT(nn.Module):
 
     output_fmt = "NHWC"
 
+    @placed
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -306,8 +308,9 @@ class ACmixPVT(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = self._checked_pool(global_pool)
-        device = next(self.parameters()).device
-        self.head = nn.Linear(self.num_features, num_classes, device=device) if num_classes > 0 else nn.Identity()
+        like = next(self.parameters())
+        head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = head.to(like.device, like.dtype).train(self.training)
 
     def forward_intermediates(
         self,
