@@ -27,6 +27,8 @@ from acmix.models.placed import placed
 EPS = 1e-6  # of the layer norms that are PVT's argument; those of patches and reduction have PyTorch's 1e-5
 POOLS = ("token", "avg", "max", "")
 
+torch.fx.wrap("filled_to")  # in this module too, not only where it is defined
+
 
 class PVTBlock(nn.Module):
     """Normalisation, ACmix over the map, and a multi-layer perceptron, each with a shortcut.
@@ -333,7 +335,10 @@ class ACmixPVT(nn.Module):
             if index in take:
                 normed = self._normed(x) if norm and index == len(self.feature_info) - 1 else x
                 intermediates.append(normed)
-        return intermediates if intermediates_only else (self._features(x, token), intermediates)
+        if intermediates_only:
+            return intermediates
+        complete = x.shape[1] == self.num_features
+        return self._features(x, token) if complete else x.flatten(2).mT[:, None], intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -365,7 +370,7 @@ class ACmixPVT(nn.Module):
         x = x.flatten(2).mT
         if self.has_token and token is not None:
             x = torch.cat((token, x), 1)
-        return (self.norm(x) if x.shape[-1] == self.num_features else x)[:, None]
+        return self.norm(x)[:, None]
 
     def _normed(self, x: Tensor) -> Tensor:
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
