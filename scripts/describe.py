@@ -24,8 +24,10 @@ from acmix import models
 from acmix.config import load_config
 from acmix.config.yaml import read_yaml
 from acmix.errors import UserError
+from acmix.models.acmix_san import ACmixSAN
 from acmix.process.program import Arguments, run_program
-from acmix.telemetry.describe import as_table, describe, total
+from acmix.telemetry.describe import Stage, as_table, describe, total
+from acmix.telemetry.flops import count_like_san
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,29 @@ def run(arguments: Sequence[str] | None) -> int:
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "×".join(map(str, input_size))
         raise UserError(f"{wanted.name} takes no image of {size}: {error}; give another by --image-size") from error
-    whole = total(stages)
-    if options.json:
-        rows = {"stages": [stage.to_json() for stage in stages], "total": whole.to_json()}
-        print(json.dumps({"model": wanted.name, "kwargs": wanted.kwargs, "input_size": list(input_size), **rows}))
-        return 0
-    parameters, multiply_adds = sum(whole.parameters.values()), sum(whole.multiply_adds.values())
-    size = "×".join(map(str, input_size))
-    print(f"{wanted.name} on {size}: {parameters / 1e6:.2f} M parameters, {multiply_adds / 1e9:.3f} G multiply-adds\n")
-    print(as_table(stages))
+    like_san = count_like_san(model, torch.zeros(1, *input_size)) if isinstance(model, ACmixSAN) else None
+    description = {
+        "model": wanted.name,
+        "kwargs": wanted.kwargs,
+        "input_size": list(input_size),
+        "stages": [stage.to_json() for stage in stages],
+        "total": total(stages).to_json(),
+        **({} if like_san is None else {"sans_counter": like_san}),
+    }
+    print(json.dumps(description) if options.json else as_text(description, stages))
     return 0
+
+
+def as_text(description: dict[str, Any], stages: list[Stage]) -> str:
+    """A line with the totals, and the tables."""
+    size, whole = "×".join(map(str, description["input_size"])), description["total"]
+    parameters, multiply_adds = (whole[key]["total"] for key in ("parameters", "multiply_adds"))
+    head = f"{description['model']} on {size}: {parameters / 1e6:.2f} M parameters, {multiply_adds / 1e9:.3f} G"
+    if "sans_counter" in description:  # the published figures of SAN are counted like this
+        head += f" multiply-adds, {description['sans_counter'] / 1e9:.3f} G by the counter of SAN's authors"
+    else:
+        head += " multiply-adds"
+    return f"{head}\n\n{as_table(stages)}"
 
 
 def _of_name(options: argparse.Namespace) -> Wanted:

@@ -83,6 +83,9 @@ class Bottleneck(nn.Module):
 class ACmixResNet(nn.Module):
     """ACmix-ResNet for images (B, in_chans, H, W).
 
+    The plain twin is `block: plain`, the ResNet of the paper's comparison; `mix: attention` and `mix: convolution` have
+    one path of the block alone. Recipe and everything around the blocks stay the same.
+
     Args:
         layers: Bottlenecks in each of the four stages.
         num_classes: Width of the classifier; 0 leaves it out.

@@ -200,6 +200,9 @@ def _halved(resolution: tuple[int, int]) -> tuple[int, int]:
 class ACmixSwin(nn.Module):
     """ACmix-Swin for images (B, in_chans, H, W).
 
+    The plain twin is `mix: attention`, which is Swin itself, weight for weight as in timm; `mix: convolution` has the
+    convolution path alone. Recipe and everything around the blocks stay the same.
+
     Args:
         img_size: Size of the images. It sets the windows, window_size or the stage's map where that is smaller, and
             with them the shapes of the parameters; images of any other size may be given at the call: maps
