@@ -18,7 +18,8 @@ from acmix.layers.convolution import one_hot_shifts
 RESNET = ("acmix_resnet26", {"base_width": 8, "stem": "cifar", "kernel_att": 3})
 SWIN = ("acmix_swin_tiny", {"embed_dim": 8, "heads": (1, 2, 2, 4), "img_size": 32, "patch_size": 2, "window_size": 4})
 PVT = ("acmix_pvt_tiny", {"embed_dims": (8, 8, 16, 16), "heads": (1, 1, 2, 2), "img_size": 32, "patch_size": 2})
-SMALL = pytest.mark.parametrize(("name", "kwargs"), [RESNET, SWIN, PVT], ids=["resnet", "swin", "pvt"])
+SAN = ("acmix_san10", {"base_width": 16, "stem": "cifar", "kernel_att": (3, 3, 3, 3, 7), "layers": (1, 1, 1, 1, 1)})
+SMALL = pytest.mark.parametrize(("name", "kwargs"), [RESNET, SWIN, PVT, SAN], ids=["resnet", "swin", "pvt", "san"])
 SIZE = 32
 
 
@@ -87,7 +88,7 @@ def test_path_weights_are_never_decayed(name, kwargs):
 def test_stages_are_numbered_from_one_in_depth_order(name, kwargs):
     stages = [module.stage for module in build(name, kwargs).modules() if isinstance(module, PathMix)]
     assert stages == sorted(stages)
-    assert set(stages) == {1, 2, 3, 4}
+    assert set(stages) == set(range(1, 6 if name == SAN[0] else 5))
 
 
 @SMALL
@@ -231,7 +232,7 @@ def test_a_traced_network_gives_the_same_logits(name, kwargs):
         torch.testing.assert_close(traced(x), model(x))
     for size in ((48, 40), (2 * SIZE, 2 * SIZE), (SIZE + 1, SIZE)):
         x = images(2, 3, *size)
-        if name == RESNET[0]:
+        if name in (RESNET[0], SAN[0]):
             torch.testing.assert_close(traced(x), model(x))
         else:
             with pytest.raises(RuntimeError, match=r"with_fixed_size[\s\S]*expanded size"):
