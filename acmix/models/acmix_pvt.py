@@ -42,6 +42,7 @@ class PVTBlock(nn.Module):
         drop_path: Probability of leaving a branch out, per image, in training.
         conv_shares: What the convolution path gets: `shared` of `ReducedAttention`.
         tokens: How many tokens go before the pixels.
+        impl: `reference` for both paths, or the implementation of the convolution path.
         acmix: Further arguments of the ACmix block.
     """
 
@@ -55,6 +56,7 @@ class PVTBlock(nn.Module):
         drop_path: float = 0.0,
         conv_shares: str = "qkv",
         tokens: int = 0,
+        impl: str = "auto",
         **acmix: Any,
     ) -> None:
         super().__init__()
@@ -62,8 +64,9 @@ class PVTBlock(nn.Module):
             raise ValueError(f"{dim} channels do not divide into {heads} heads: choose embed_dims and heads that fit")
         self.tokens = tokens
         self.norm1 = nn.LayerNorm(dim, EPS)
-        attention = ReducedAttention(heads, dim // heads, reduction, shared=conv_shares)
-        self.acmix = ACmix(dim, dim, heads, attention=attention, **acmix)
+        attention_impl = "reference" if impl == "reference" else "auto"
+        attention = ReducedAttention(heads, dim // heads, reduction, shared=conv_shares, impl=attention_impl)
+        self.acmix = ACmix(dim, dim, heads, attention=attention, impl=impl, **acmix)
         self.proj_drop = nn.Dropout(proj_drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, EPS)
@@ -175,7 +178,7 @@ class ACmixPVT(nn.Module):
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after positions and blocks and in the perceptrons.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
-        impl: `reference` and `cpp` hold for the convolution path; other names leave the choice to it.
+        impl: `reference` holds for both paths and `cpp` for the convolution path; other names leave the choice to them.
 
     Raises:
         ValueError: for arguments that do not fit together.

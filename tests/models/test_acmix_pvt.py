@@ -9,6 +9,7 @@ import torch
 from timm.models._features_fx import get_notrace_modules
 from torch import nn
 
+from acmix import fuse
 from acmix.layers import PathMix
 from acmix.models import acmix_pvt
 from acmix.models.acmix_pvt import checkpoint_filter_fn
@@ -143,6 +144,11 @@ def test_half_precision_runs_as_a_whole_and_copies_and_files_hold_the_module(dty
     file.seek(0)
     again = torch.load(file, weights_only=False)  # written two lines above
     assert torch.equal(again(images().double()), exact)
+
+
+def test_a_fused_copy_gives_the_same():
+    model = build().double()
+    torch.testing.assert_close(fuse(model)(images().double()), model(images().double()))
 
 
 class Timms(torch.fx.Tracer):

@@ -14,8 +14,9 @@ from acmix.ops.implementations import transformed
 class AttentionPath(Path):
     """Base of the attention paths: a subclass writes `attend`, and says what a `Path` says.
 
-    A path whose q, k and v are not N maps each of the block's input says what they are by `maps` and `reduce`: the
-    block projects accordingly. What the convolution path gets of them follows from `share` and `shared_maps`.
+    A path whose q, k and v are not N maps each of the block's input says what they are by `maps`, and by `reduces` and
+    `reduce`: the block projects accordingly. What the convolution path gets of them follows from `share` and
+    `shared_maps`.
 
     Args:
         heads: N.

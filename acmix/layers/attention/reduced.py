@@ -25,7 +25,7 @@ class ReducedAttention(AttentionPath):
     What the convolution path gets of the projections, `shared`, is a choice that the paper leaves open:
         `qkv`: q at full resolution, and the reduced k and v with every pixel repeated over those it stands for, 3N
             maps. The default: all projections serve both paths, which is the idea of ACmix, and 2N more maps in a
-            layer over the map index cost 1 % more multiply-adds in the whole network.
+            layer over the map index cost less than 1 % more multiply-adds in a whole network.
         `q`: q alone, N maps: the cheapest.
     Projecting k and v again at full resolution would exceed the paper's budget by a tenth.
 
