@@ -13,6 +13,7 @@ from acmix import fuse
 from acmix.layers import PathMix
 from acmix.models import acmix_pvt
 from acmix.models.acmix_pvt import checkpoint_filter_fn
+from acmix.telemetry.probes.paths import path_layers
 
 SMALL = {"num_classes": 5, "embed_dims": (8, 8, 16, 16), "heads": (1, 1, 2, 2), "img_size": 32, "patch_size": 2}
 
@@ -83,6 +84,10 @@ def test_positions_of_another_size_are_interpolated_at_the_call_and_on_loading()
 def test_every_block_mixes_but_the_last_whose_map_nobody_reads():
     modes = [module.mode for module in build().modules() if isinstance(module, PathMix)]
     assert modes == ["learned"] * 7 + ["attention"]
+    rows = path_layers(build())
+    assert [(row["stage"], row["depth"]) for row in rows] == [(1, 1), (1, 2), (2, 3), (2, 4), (3, 5), (3, 6), (4, 7)]
+    assert all(row["beta"] == 0.5 for row in rows)
+    assert len(path_layers(build(mix="attention"))) == 8
     modes = [module.mode for module in build(class_token=False).modules() if isinstance(module, PathMix)]
     assert modes == ["learned"] * 8
 
