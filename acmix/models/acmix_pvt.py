@@ -167,7 +167,7 @@ class ACmixPVT(nn.Module):
         embed_dims: Channels of each stage.
         depths: Blocks in each stage.
         heads: Heads in each stage.
-        reductions: By how much each stage reduces its map for k and v.
+        reductions: By how much each stage reduces its map for k and v; 1 in a stage with a class token.
         mlp_ratios: Hidden width of the perceptrons over their channels, in each stage.
         class_token: Whether the last stage has a class token.
         kernel_conv: Kernel of the convolution path.
@@ -227,6 +227,11 @@ class ACmixPVT(nn.Module):
             )
         self.num_classes, self.in_chans = num_classes, in_chans
         self.has_token = class_token and mix != "convolution"
+        if self.has_token and reductions[-1] != 1:
+            raise ValueError(
+                f"the last of reductions is {reductions[-1]}, but a class token attends to a map that is not reduced: "
+                "make it 1, or set class_token to false"
+            )
         self.global_pool = self._checked_pool(global_pool)
         block = {
             "proj_drop": proj_drop_rate,

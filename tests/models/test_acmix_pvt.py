@@ -128,6 +128,7 @@ def test_positions_are_decayed_and_the_class_token_is_not():
         ({"heads": (1, 1, 2, 3)}, "16 channels do not divide into 3 heads"),
         ({"depths": (1, 1, 1)}, "one number a stage"),
         ({"reductions": (8, 4, 2, 0)}, "reductions must be at least 1"),
+        ({"reductions": (8, 4, 2, 2)}, "a class token attends to a map that is not reduced"),
         ({"global_pool": "catavgmax"}, "choose token, avg, max"),
         ({"conv_shares": "v"}, "choose qkv or q"),
     ],
