@@ -19,6 +19,11 @@ RESNET = ("acmix_resnet26", {"base_width": 8, "stem": "cifar", "kernel_att": 3})
 SWIN = ("acmix_swin_tiny", {"embed_dim": 8, "heads": (1, 2, 2, 4), "img_size": 32, "patch_size": 2, "window_size": 4})
 SAN = ("acmix_san10", {"base_width": 16, "stem": "cifar", "kernel_att": (3, 3, 3, 3, 7), "layers": (1, 1, 1, 1, 1)})
 SMALL = pytest.mark.parametrize(("name", "kwargs"), [RESNET, SWIN, SAN], ids=["resnet", "swin", "san"])
+FEWER = pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [RESNET, SWIN, pytest.param(*SAN, marks=pytest.mark.slow)],  # dear for five stages
+    ids=["resnet", "swin", "san"],
+)
 SIZE = 32
 
 
@@ -194,7 +199,7 @@ def test_weights_load_with_plain_timm_and_copies_are_independent(name, kwargs):
     torch.testing.assert_close(again(images()), model(images()))
 
 
-@SMALL
+@FEWER
 def test_a_network_of_meta_or_fake_tensors_runs_forward_and_backward(name, kwargs):
     for mode, device in ((nullcontext(), "meta"), (FakeTensorMode(), "cpu")):
         with mode, torch.device(device):
@@ -218,7 +223,7 @@ def test_a_network_built_on_the_meta_device_works_once_its_weights_are_loaded(na
     torch.testing.assert_close(empty(images()), model(images()))
 
 
-@SMALL
+@FEWER
 def test_a_traced_network_gives_the_same_logits(name, kwargs):
     model = build(name, kwargs).eval()
     traced = torch.jit.trace(model, images())

@@ -52,7 +52,9 @@ def test_half_precision_sums_in_float32_and_keeps_its_dtype(step, inputs, dtype)
     out = step(*leaves, 7)
     exact = step(*(leaf.double() for leaf in leaves), 7, "reference")
     assert out.dtype == dtype
-    assert float((out.double() - exact).norm().detach() / exact.norm().detach()) < torch.finfo(dtype).eps  # one rounding, of the result
+    assert (
+        float((out.double() - exact).norm().detach() / exact.norm().detach()) < torch.finfo(dtype).eps
+    )  # one rounding, of the result
 
 
 def test_the_sum_over_a_patch_is_the_one_written_out():
