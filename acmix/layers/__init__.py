@@ -1,6 +1,12 @@
 """The parts of an ACmix network as modules: the block, its two paths and their mix."""
 
-from acmix.layers.attention import AttentionPath, LocalAttention, PatchwiseAttention, WindowAttention
+from acmix.layers.attention import (
+    AttentionPath,
+    LocalAttention,
+    PatchwiseAttention,
+    ReducedAttention,
+    WindowAttention,
+)
 from acmix.layers.block import ACmix
 from acmix.layers.convolution import ShiftConv
 from acmix.layers.mix import PathMix, path_weights
@@ -13,6 +19,7 @@ __all__ = [
     "PatchwiseAttention",
     "Path",
     "PathMix",
+    "ReducedAttention",
     "ShiftConv",
     "WindowAttention",
     "path_weights",

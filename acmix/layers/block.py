@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from acmix.layers.attention import AttentionPath, LocalAttention
 from acmix.layers.convolution import ShiftConv
@@ -26,7 +28,7 @@ class ACmix(nn.Module):
         in_channels: Channels of the input map.
         out_channels: Channels of the output map, N * d.
         heads: N.
-        kernel_att: Window of the local attention, odd.
+        kernel_att: Window of the local attention, odd; on a map smaller than it the window shrinks to what fits.
         kernel_conv: Kernel of the convolution path, odd.
         stride: Of both paths.
         dilation: Of both paths.
@@ -42,7 +44,7 @@ class ACmix(nn.Module):
 
     Raises:
         ValueError: if heads do not divide out_channels, a kernel is even, or a name is unknown; at the call, for
-            an input of another shape or of integers, or a map too small for the window.
+            an input of another shape or of integers.
     """
 
     def __init__(
@@ -79,9 +81,15 @@ class ACmix(nn.Module):
             self.mix = PathMix(mix, stage)
             maps = (heads, heads, heads) if attention is None else attention.maps
             shared_maps = sum(maps) if attention is None else attention.shared_maps
-            self.widths = [head_dim * count for count in maps]
+            if not self.mix.has_attention and shared_maps < sum(maps):
+                maps = shared_maps, 0, 0
+            self.widths = of_q, of_k, of_v = [head_dim * count for count in maps]
             """Channels of q, k and v."""
-            self.qkv = nn.Linear(in_channels, sum(self.widths))  # rows: q, k, v, each (head, head_dim)
+            self.reduces = attention is not None and attention.reduces and self.mix.has_attention
+            if self.reduces:
+                self.q, self.kv = nn.Linear(in_channels, of_q), nn.Linear(in_channels, of_k + of_v)
+            else:
+                self.qkv = nn.Linear(in_channels, sum(self.widths))  # rows: q, k, v, each (head, head_dim)
             self.attention: AttentionPath | None = None
             self.convolution: ShiftConv | None = None
             if self.mix.has_attention:
@@ -95,20 +103,29 @@ class ACmix(nn.Module):
         if dtype is not None:
             self.to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Any:
         """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)), any memory format.
 
-        Where the mix or a path has hooks, is wrapped or replaced, all three are called as modules, each with its own
-        map. Otherwise the paths are computed straight into their weighted sum: the same up to rounding.
+        With tokens (B, T, in_channels), vectors without a place in the map such as a class token, the result is a pair:
+        the map and the tokens (B, T, out_channels). A path that `takes_tokens` attends to them and from them as to and
+        from any pixel; they go past the convolution path and get alpha · attention.
+
+        Where the mix or a path has hooks, is wrapped or replaced, or torch.fx traces, all three are called as modules,
+        each with its own map. Otherwise the paths are computed straight into their weighted sum: the same up to
+        rounding.
         """
-        self._check(x)
+        traced = isinstance(x, Proxy)
+        if not traced:
+            self._check(x)
         height, width = x.shape[-2:]
         qkv, (q, k, v) = self._maps(x)
-        if not self._can_fuse():
-            attention = None if self.attention is None else self._crop(self.attention(q, k, v), height, width)
+        if tokens is not None:
+            return self._with_tokens(q, k, v, tokens)
+        if traced or not self._can_fuse():
+            attention = None if self.attention is None else self._crop(_call(self.attention, q, k, v), height, width)
             convolution = None
             if self.convolution is not None:
-                convolution = self.convolution(*self._share(q, k, v, height, width))
+                convolution = _call(self.convolution, *self._share(q, k, v, height, width))
             return self.mix(attention, convolution)
         alpha, beta = self.mix.weights()
         if qkv is not None and (out := self._in_one_pass(qkv, alpha, beta, is_channels_last(x))) is not None:
@@ -122,6 +139,22 @@ class ACmix(nn.Module):
         if self.attention is None:
             return convolved
         return self.attention(q, k, v, scale=alpha, add_to=convolved)
+
+    def _with_tokens(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` with tokens: the attention path sees them and the pixels as one row, (B, widths, 1, T + H · W)."""
+        if self.attention is None or not getattr(self.attention, "takes_tokens", False):
+            path = "a convolution path alone" if self.attention is None else type(self.attention).__name__
+            raise ValueError(f"{path} takes no tokens beside the map: it needs a global attention, as ReducedAttention")
+        height, width = q.shape[-2:]
+        count = tokens.shape[1]
+        of_q, of_k, of_v = self.qkv(tokens).split(self.widths, 2)
+        attended = _call(self.attention, _row(of_q, q), _row(of_k, k), _row(of_v, v))[:, :, 0]
+        convolution = None
+        if self.convolution is not None:
+            convolution = _call(self.convolution, *self._share(q, k, v, height, width))
+        alpha, _ = self.mix.weights()
+        mixed = self.mix(attended[:, :, count:].unflatten(2, (height, width)), convolution)
+        return mixed, (alpha * attended[:, :, :count]).mT
 
     def _share(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v for the convolution path."""
@@ -167,25 +200,39 @@ class ACmix(nn.Module):
 
     def _maps(self, x: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         """q, k and v as the attention path wants them, and the one tensor that holds all three if there is one."""
-        pad, reduce = (getattr(self.attention, name, None) for name in ("pad", "reduce"))  # a wrapper may lack them
+        pad = getattr(self.attention, "pad", None)  # a wrapper around the path may lack it
         x = x if pad is None else pad(x)
-        smaller = x if reduce is None else reduce(x)
-        if smaller is x:
-            qkv = self._project(x)
+        if not self.reduces:
+            qkv = self._project(self.qkv, x)
             return qkv, qkv.split(self.widths, 1)
-        of_q, of_k, of_v = self.widths
-        q, kv = self._project(x, slice(of_q)), self._project(smaller, slice(of_q, None))
-        return None, (q, *kv.split((of_k, of_v), 1))
+        assert self.attention is not None
+        k, v = self._project(self.kv, self.attention.reduce(x)).split(self.widths[1:], 1)
+        return None, (self._project(self.q, x), k, v)
 
-    def _project(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """q, k and v side by side, (B, widths, H, W), or these rows of them; on a CPU channels_last whatever x is."""
+    def _project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """A linear layer over the channels of a map; on a CPU channels_last whatever x is."""
+        if not isinstance(x, Proxy) and self._as_convolution(x) and is_plain(layer, nn.Linear):
+            return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+        return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _as_convolution(self, x: Tensor) -> bool:
+        """Whether a 1×1 convolution is a faster projection than a matrix product."""
         channels_last = is_channels_last(x)
-        as_convolution = channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
-        tokens = x.permute(0, 2, 3, 1)
-        if not is_plain(self.qkv, nn.Linear) or (rows is None and not as_convolution):
-            projected: Tensor = self.qkv(tokens)
-            return (projected if rows is None else projected[..., rows]).permute(0, 3, 1, 2)
-        weight, bias = (w if rows is None or w is None else w[rows] for w in (self.qkv.weight, self.qkv.bias))
-        if as_convolution:
-            return F.conv2d(x, weight[:, :, None, None], bias)
-        return F.linear(tokens, weight, bias).permute(0, 3, 1, 2)
+        return channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
+
+
+def _row(tokens: Tensor, maps: Tensor) -> Tensor:
+    """Tokens (B, T, C) and the pixels of a map (B, C, H, W) as a map of one row: (B, C, 1, T + H · W)."""
+    return torch.cat((tokens, maps.flatten(2).mT), 1).mT[:, :, None]
+
+
+def _call(path: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A path's map of q, k and v; one node in a graph of torch.fx, whatever the path asks of its inputs."""
+    if not isinstance(q, Proxy):
+        return path(q, k, v)
+    tracer = q.tracer
+
+    def as_node(*maps: Proxy) -> Proxy:
+        return tracer.create_proxy("call_module", tracer.path_of_module(path), maps, {})
+
+    return tracer.call_module(path, as_node, (q, k, v), {})

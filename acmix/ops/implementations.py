@@ -55,6 +55,19 @@ class Window:
         """Pixels from the centre of a window to its edge; also the padding that keeps the size of a map."""
         return self.dilation * (self.kernel_size // 2)
 
+    def on(self, height: int, width: int) -> "Window":
+        """The largest window up to this one that reaches less far than the shorter side of a map: 1 × 1 on one pixel.
+
+        Reflection needs that. It is this window where the map is large enough, or of any size in a graph being traced:
+        the operation asks again when it runs.
+        """
+        if are_dynamic((height, width)):
+            return self
+        shorter = min(int(height), int(width))  # tensors in torch.jit.trace
+        if self.reach < shorter:
+            return self
+        return Window(2 * (max(0, shorter - 1) // self.dilation) + 1, self.stride, self.dilation)
+
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of windows on a map: ceil(H / stride), ceil(W / stride)."""
         return -(-height // self.stride), -(-width // self.stride)

@@ -1,5 +1,6 @@
 """Multiply-adds of a model: what its mathematics asks for, whatever the implementation that runs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,20 +24,9 @@ def count_multiply_adds(model: nn.Module, *inputs: Tensor) -> int:
     they ask for (`Path.multiply_adds`): a folded convolution or a fused attention does other arithmetic, but is the
     same model. Elementwise work (norms, activations, softmax, the position term) is not counted, as is usual.
     """
-    counter = FlopCounterMode(display=False)
-    paths = _PathCounts(counter)
-    handles = [handle for module in model.modules() for handle in paths.watch(module)]
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), counter:
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return counter.get_total_flops() // 2 + paths.correction
+    count = RunningCount()
+    count.run(model, *inputs)
+    return count.total
 
 
 def count_like_san(model: nn.Module, *inputs: Tensor) -> int:
@@ -72,7 +62,7 @@ def _like_san(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> int
         return inputs[0].numel()
     if isinstance(module, nn.Conv2d) and module.bias is not None:
         return out.numel()
-    if isinstance(module, ACmix) and module.qkv.bias is not None:
+    if isinstance(module, ACmix) and not module.reduces and module.qkv.bias is not None:
         return sum(module.widths) * inputs[0].numel() // inputs[0].shape[1]
     if isinstance(module, PatchwiseAttention):
         first, second = module.reduce_patch, module.expand  # a norm and a ReLU before each
@@ -81,25 +71,55 @@ def _like_san(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> int
     return 0
 
 
-class _PathCounts:
-    """Replaces what the counter sees inside a path by what the path says."""
+class RunningCount:
+    """The multiply-adds of a forward pass up to now, each path by what it says.
 
-    def __init__(self, counter: FlopCounterMode) -> None:
-        self.counter = counter
-        self.correction = 0
+    Made for subclasses that look at `total` while the pass runs: they add hooks in `watch` and hear of paths in `said`.
+    """
+
+    def __init__(self) -> None:
+        self._counter = FlopCounterMode(display=False)
+        self._correction = 0
         self._before = 0
 
+    @property
+    def total(self) -> int:
+        """Multiply-adds up to now."""
+        return self._seen() + self._correction
+
+    def run(self, model: nn.Module, *inputs: Tensor) -> None:
+        """Run the model in evaluation mode; it is left as it was."""
+        handles = [handle for module in model.modules() for handle in self.watch(module)]
+        training = {module: module.training for module in model.modules()}
+        try:
+            model.eval()
+            with torch.no_grad(), self._counter:
+                model(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in training.items():
+                module.training = mode
+
     def watch(self, module: nn.Module) -> list[Any]:
-        """Hook a module if it is a path; returns the handles of the hooks."""
+        """Hook a module; returns the handles of the hooks."""
         if not isinstance(module, Path):
             return []
         return [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
 
+    def said(self, path: Path, multiply_adds: int, shape: Sequence[int]) -> None:
+        """Called when a path has run on maps of this shape, with what it says."""
+
+    def _seen(self) -> int:
+        return self._counter.get_total_flops() // 2
+
     def _enter(self, path: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._before = self.counter.get_total_flops()
+        self._before = self._seen()
 
     def _leave(self, path: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         assert isinstance(path, Path)
-        seen = (self.counter.get_total_flops() - self._before) // 2
         batch, _, height, width = inputs[0].shape
-        self.correction += path.multiply_adds((batch, path.heads * path.head_dim, height, width)) - seen
+        shape = (batch, path.heads * path.head_dim, height, width)  # q may have fewer maps
+        multiply_adds = path.multiply_adds(shape)
+        self._correction += multiply_adds - (self._seen() - self._before)
+        self.said(path, multiply_adds, shape)

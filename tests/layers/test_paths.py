@@ -43,6 +43,7 @@ def test_the_paths_of_ours_are_all_found():
     assert {path.__name__ for path in paths_of_ours()} == {
         "LocalAttention",
         "PatchwiseAttention",
+        "ReducedAttention",
         "ShiftConv",
         "WindowAttention",
     }

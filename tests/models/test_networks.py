@@ -17,12 +17,13 @@ from acmix.layers.convolution import one_hot_shifts
 
 RESNET = ("acmix_resnet26", {"base_width": 8, "stem": "cifar", "kernel_att": 3})
 SWIN = ("acmix_swin_tiny", {"embed_dim": 8, "heads": (1, 2, 2, 4), "img_size": 32, "patch_size": 2, "window_size": 4})
+PVT = ("acmix_pvt_tiny", {"embed_dims": (8, 8, 16, 16), "heads": (1, 1, 2, 2), "img_size": 32, "patch_size": 2})
 SAN = ("acmix_san10", {"base_width": 16, "stem": "cifar", "kernel_att": (3, 3, 3, 3, 7), "layers": (1, 1, 1, 1, 1)})
-SMALL = pytest.mark.parametrize(("name", "kwargs"), [RESNET, SWIN, SAN], ids=["resnet", "swin", "san"])
+SMALL = pytest.mark.parametrize(("name", "kwargs"), [RESNET, SWIN, PVT, SAN], ids=["resnet", "swin", "pvt", "san"])
 FEWER = pytest.mark.parametrize(
     ("name", "kwargs"),
-    [RESNET, SWIN, pytest.param(*SAN, marks=pytest.mark.slow)],  # dear for five stages
-    ids=["resnet", "swin", "san"],
+    [RESNET, SWIN, PVT, pytest.param(*SAN, marks=pytest.mark.slow)],  # dear for five stages
+    ids=["resnet", "swin", "pvt", "san"],
 )
 SIZE = 32
 
@@ -34,6 +35,11 @@ def build(name: str, kwargs: dict, **more) -> nn.Module:
 
 def images(*shape: int) -> torch.Tensor:
     return torch.randn(*(shape or (2, 3, SIZE, SIZE)), generator=torch.Generator().manual_seed(1))
+
+
+def learned_mixes(model: nn.Module) -> list[PathMix]:
+    """All but the last of a PVT, whose last block has no convolution path."""
+    return [module for module in model.modules() if isinstance(module, PathMix) and module.mode == "learned"]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +71,10 @@ def test_a_training_step_reaches_every_parameter(name, kwargs):
 def test_initialisation_keeps_the_shifts_and_the_half_weights(name, kwargs):
     model = build(name, kwargs)
     convolutions = [module for module in model.modules() if isinstance(module, ShiftConv)]
-    assert len(convolutions) == len([module for module in model.modules() if isinstance(module, PathMix)]) > 0
+    assert len(convolutions) == len(learned_mixes(model)) > 0
     for conv in convolutions:
         assert torch.equal(conv.shift_weight, one_hot_shifts(len(conv.shift_weight), 3))
-    for mix in (module for module in model.modules() if isinstance(module, PathMix)):
+    for mix in learned_mixes(model):
         assert (float(mix.alpha), float(mix.beta)) == (0.5, 0.5)
 
 
@@ -169,7 +175,7 @@ def test_layer_decay_orders_the_parameters_from_stem_to_head(name, kwargs):
     groups = param_groups_layer_decay(model, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
     scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     first, *_, last = model.parameters()
-    mixes = [module for module in model.modules() if isinstance(module, PathMix)]
+    mixes = learned_mixes(model)
     assert scale[id(first)] < scale[id(mixes[0].alpha)] < scale[id(mixes[-1].alpha)] < scale[id(last)]
 
 

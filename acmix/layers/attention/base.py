@@ -29,6 +29,11 @@ class AttentionPath(Path):
         self.proj = nn.Linear(heads * head_dim, heads * head_dim) if project else None
 
     @property
+    def takes_tokens(self) -> bool:
+        """Whether q, k and v may be rows of vectors, (B, channels, 1, length), as in global attention."""
+        return False
+
+    @property
     def maps(self) -> tuple[int, int, int]:
         """How many maps of width d q, k and v have; N each, unless a path says otherwise."""
         return self.heads, self.heads, self.heads
@@ -46,8 +51,13 @@ class AttentionPath(Path):
         """The block's input as this path needs it: a path that tiles the map pads it with zeros below and right."""
         return x
 
+    @property
+    def reduces(self) -> bool:
+        """Whether k and v are projected from the smaller map that `reduce` gives, by a layer of their own."""
+        return False
+
     def reduce(self, x: Tensor) -> Tensor:
-        """The map that k and v are projected from: the padded input itself, unless a path attends to a smaller map."""
+        """The map that k and v are projected from, of the block's padded input."""
         return x
 
     def share(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
