@@ -13,15 +13,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_function
 from torch import Tensor, nn
 
 from acmix.layers import ACmix, LocalAttention, path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
+from acmix.models.layout import fast_layout
 from acmix.models.official import OfficialNames, register_official
 from acmix.models.placed import placed
-from acmix.ops.implementations import transformed
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -287,15 +286,6 @@ class ACmixResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-@torch.fx.wrap
-@register_notrace_function
-def fast_layout(x: Tensor) -> Tensor:
-    """Images in the memory format that a CPU is the faster in, in every convolution and norm; the blocks use it too."""
-    if x.device.type == "cpu" and not transformed():  # vmap has no layouts
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ACmixResNet:

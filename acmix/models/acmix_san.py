@@ -20,6 +20,7 @@ from acmix.layers import ACmix, PatchwiseAttention, path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.layout import fast_layout
+from acmix.models.placed import placed
 
 STAGES = ("layer1", "layer2", "layer3", "layer4", "layer5")
 WIDTHS = (1, 4, 8, 16, 32)  # of the stages, in widths of the stem
@@ -118,6 +119,7 @@ class ACmixSAN(nn.Module):
 
     conv_norms = (("conv1", "bn1"),)  # for acmix.fuse
 
+    @placed
     def __init__(
         self,
         layers: Sequence[int] = (2, 1, 2, 4, 1),

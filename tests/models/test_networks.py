@@ -20,6 +20,11 @@ SWIN = ("acmix_swin_tiny", {"embed_dim": 8, "heads": (1, 2, 2, 4), "img_size": 3
 PVT = ("acmix_pvt_tiny", {"embed_dims": (8, 8, 16, 16), "heads": (1, 1, 2, 2), "img_size": 32, "patch_size": 2})
 SAN = ("acmix_san10", {"base_width": 16, "stem": "cifar", "kernel_att": (3, 3, 3, 3, 7), "layers": (1, 1, 1, 1, 1)})
 SMALL = pytest.mark.parametrize(("name", "kwargs"), [RESNET, SWIN, PVT, SAN], ids=["resnet", "swin", "pvt", "san"])
+FEWER = pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [RESNET, SWIN, PVT, pytest.param(*SAN, marks=pytest.mark.slow)],  # dear for five stages
+    ids=["resnet", "swin", "pvt", "san"],
+)
 SIZE = 32
 
 
@@ -200,7 +205,7 @@ def test_weights_load_with_plain_timm_and_copies_are_independent(name, kwargs):
     torch.testing.assert_close(again(images()), model(images()))
 
 
-@SMALL
+@FEWER
 def test_a_network_of_meta_or_fake_tensors_runs_forward_and_backward(name, kwargs):
     for mode, device in ((nullcontext(), "meta"), (FakeTensorMode(), "cpu")):
         with mode, torch.device(device):
@@ -224,7 +229,7 @@ def test_a_network_built_on_the_meta_device_works_once_its_weights_are_loaded(na
     torch.testing.assert_close(empty(images()), model(images()))
 
 
-@SMALL
+@FEWER
 def test_a_traced_network_gives_the_same_logits(name, kwargs):
     model = build(name, kwargs).eval()
     traced = torch.jit.trace(model, images())
