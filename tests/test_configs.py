@@ -40,6 +40,10 @@ def test_plain_twins_share_their_recipe_with_the_acmix_config() -> None:
     pairs = [
         ("acmix_resnet26", "resnet26"),
         ("acmix_swin_tiny", "swin_tiny"),
+        ("acmix_pvt_tiny", "pvt_tiny"),
+        ("cifar10/acmix_pvt_tiny", "cifar10/pvt_tiny"),
+        ("acmix_san10", "san10"),
+        ("cifar10/acmix_san10", "cifar10/san10"),
         *((f"{data}/acmix_{name}", f"{data}/{name}") for data in ("cifar10", "cifar100") for name in NETWORKS),
         ("cifar10/narrow_acmix_resnet26", "cifar10/narrow_resnet26"),
     ]

@@ -123,8 +123,6 @@ def test_bad_value_is_refused(arguments: list[str], parts: list[str], train: Tra
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["model.name=acmix_resnet26", "--dry-run"], ["data.image_size", "model.kwargs.stem=cifar"]),
-        (["model.name=acmix_resnet26"], ["data.image_size", "24 × 24", "too small", "model.kwargs.stem=cifar"]),
         (["model.name=test_vit"], ["model.kwargs.img_size=24", "data.image_size=160", "Input height (24)"]),
         (["model.name=levit_128s"], ["data.image_size=224"]),
         (["model.kwargs.global_pool=''"], ["model.kwargs.global_pool"]),

@@ -94,9 +94,14 @@ def single_steps(config: Config, statistics: Statistics) -> tuple[SingleStep | N
 def build_val_pixels(config: Config) -> PixelTransform:
     """As build_val_transform, with normalising left to do."""
     height, width = config.data.size
-    share = 1.0 if max(height, width) <= _UNCROPPED_SIZE else config.data.crop_pct
+    share = kept_share(config)
     covered = (math.floor(height / share), math.floor(width / share))
     return _ToPixels([_whole, *_resize(config, covered)], config.model.in_chans)
+
+
+def kept_share(config: Config) -> float:
+    """The share of the resized image that the centre crop keeps in validation."""
+    return 1.0 if max(config.data.size) <= _UNCROPPED_SIZE else config.data.crop_pct
 
 
 def build_mixup(config: Config, num_classes: int) -> Mixup | None:

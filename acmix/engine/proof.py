@@ -146,8 +146,6 @@ def _way_out(reason: str, model: nn.Module, config: Config) -> tuple[str, str]:
         return "model.kwargs.img_size", way_out
     if "global_pool" in kwargs and not kwargs["global_pool"]:
         return "model.kwargs.global_pool", "leave it out: a classifier needs pooled features"
-    if "stem" in arguments and kwargs.get("stem") != "cifar":
-        return "data.image_size", "raise data.image_size, or for small images set model.kwargs.stem=cifar"
     return "data.image_size", "raise data.image_size, or change what model.kwargs say of sizes"
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from acmix.layers import ACmix, LocalAttention, path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
+from acmix.models.layout import fast_layout
 from acmix.models.official import OfficialNames, register_official
-from acmix.ops.implementations import transformed
+from acmix.models.placed import placed
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -81,6 +82,9 @@ class Bottleneck(nn.Module):
 class ACmixResNet(nn.Module):
     """ACmix-ResNet for images (B, in_chans, H, W).
 
+    The plain twin is `block: plain`, the ResNet of the paper's comparison; `mix: attention` and `mix: convolution` have
+    one path of the block alone. Recipe and everything around the blocks stay the same.
+
     Args:
         layers: Bottlenecks in each of the four stages.
         num_classes: Width of the classifier; 0 leaves it out.
@@ -92,7 +96,7 @@ class ACmixResNet(nn.Module):
             (13.7 million parameters for layers 1, 2, 4, 1).
         base_width: Channels of the stem and of the first stage's blocks; every other width follows.
         heads: Heads of every block, or one number for each stage.
-        kernel_att: Window of the local attention.
+        kernel_att: Window of the local attention, where the map is not smaller.
         kernel_conv: Kernel of the convolution path.
         mix: Mode of `acmix.layers.PathMix`.
         shift: Kind of `acmix.layers.ShiftConv`.
@@ -102,12 +106,12 @@ class ACmixResNet(nn.Module):
         impl: Implementation of the local attention.
 
     Raises:
-        ValueError: for arguments that do not fit together; at the call, for an image so small that a stage's map is not
-            larger than kernel_att // 2.
+        ValueError: for arguments that do not fit together.
     """
 
     conv_norms = (("conv1", "bn1"),)  # for acmix.fuse
 
+    @placed
     def __init__(
         self,
         layers: Sequence[int] = (1, 2, 4, 1),
@@ -210,13 +214,14 @@ class ACmixResNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier, and another pooling if named, in place of the present one."""
         self.num_classes = num_classes
-        device = next(self.parameters()).device
+        like = next(self.parameters())
         self.global_pool, self.fc = create_classifier(
             self.num_features,
             num_classes,
             pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
         )
-        self.fc.to(device)
+        for part in (self.global_pool, self.fc):
+            part.to(like.device, like.dtype).train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_intermediates(
@@ -264,10 +269,7 @@ class ACmixResNet(nn.Module):
         return x
 
     def _stem(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not transformed():  # vmap has no layouts
-            # every convolution and norm of a CPU is the faster in it, and the blocks compute in it anyway
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.act1(self.bn1(self.conv1(x)))
+        return self.act1(self.bn1(self.conv1(fast_layout(x))))
 
     def _stage(self, name: str, x: Tensor) -> Tensor:
         stage = self.get_submodule(name)

@@ -14,8 +14,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, Mlp, PatchEmbed, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from acmix.layers import ACmix, WindowAttention, path_weights
 from acmix.layers.fixed_size import with_fixed_size
@@ -23,12 +25,14 @@ from acmix.layers.plain import is_observed, is_plain
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.official import OfficialNames, register_official
+from acmix.models.placed import placed
 from acmix.models.windows import resize_bias_table, set_windows
 from acmix.ops.implementations import transformed
 
 HIDDEN_VALUES = 150_000  # of a perceptron that are computed at a time in inference; measured
 
 
+@register_notrace_module
 class SwinBlock(nn.Module):
     """Normalisation, ACmix on the cyclically shifted map, and a multi-layer perceptron, each with a shortcut.
 
@@ -91,7 +95,13 @@ class SwinBlock(nn.Module):
         The hidden values of a part, four times as many as those of the map, stay in the cache. A part of fewer rows
         than columns would read the matrices too often.
         """
-        if torch.is_grad_enabled() or self.training or x.device.type != "cpu" or not is_plain(self.mlp, Mlp):
+        if (
+            isinstance(x, Proxy)
+            or torch.is_grad_enabled()
+            or self.training
+            or x.device.type != "cpu"
+            or not is_plain(self.mlp, Mlp)
+        ):
             return 0
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
             return 0
@@ -190,6 +200,9 @@ def _halved(resolution: tuple[int, int]) -> tuple[int, int]:
 class ACmixSwin(nn.Module):
     """ACmix-Swin for images (B, in_chans, H, W).
 
+    The plain twin is `mix: attention`, which is Swin itself, weight for weight as in timm; `mix: convolution` has the
+    convolution path alone. Recipe and everything around the blocks stay the same.
+
     Args:
         img_size: Size of the images. It sets the windows, window_size or the stage's map where that is smaller, and
             with them the shapes of the parameters; images of any other size may be given at the call: maps
@@ -217,6 +230,7 @@ class ACmixSwin(nn.Module):
 
     output_fmt = "NHWC"
 
+    @placed
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -380,14 +394,15 @@ class ACmixSwin(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
-        device = next(self.parameters()).device
+        like = next(self.parameters())
         self.head = ClassifierHead(
             self.num_features,
             num_classes,
             pool_type=self.global_pool,
             drop_rate=self.head.drop.p,
             input_fmt=self.output_fmt,
-        ).to(device)
+        ).to(like.device, like.dtype)
+        self.head.train(self.training)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

@@ -1,5 +1,7 @@
 """Checks of arguments that the networks have in common."""
 
+from collections.abc import Sequence
+
 
 def check_rates(**rates: float) -> None:
     """Raise ValueError unless every rate is a probability below 1."""
@@ -8,8 +10,8 @@ def check_rates(**rates: float) -> None:
             raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
 
 
-def check_positive(**sizes: int | tuple[int, ...]) -> None:
+def check_positive(**sizes: int | Sequence[int]) -> None:
     """Raise ValueError unless every size, or every one of a pair, is at least 1."""
     for name, size in sizes.items():
-        if min(size if isinstance(size, tuple) else (size,)) < 1:
+        if min((size,) if isinstance(size, int) else size) < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")

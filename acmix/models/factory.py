@@ -20,6 +20,8 @@ _REFUSED = {
     "pretrained_cfg": "name the weights file under model.checkpoint",
     "pretrained_cfg_overlay": "name the weights file under model.checkpoint",
     "cache_dir": "set HF_HOME or TORCH_HOME instead",
+    "device": "set run.device instead",
+    "dtype": "set precision.amp instead",
     "features_only": "use timm.create_model in Python for feature maps",
 }
 

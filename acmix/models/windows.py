@@ -49,6 +49,8 @@ def resize_bias_table(table: Tensor, window_size: tuple[int, int], made_for: tup
             "interpolated; use the image size that it was made for"
         )
     heads = table.shape[1]
+    if table.is_meta:
+        return table.new_empty(new[0] * new[1], heads)
     maps = table.float().cpu().view(*old, heads).permute(2, 0, 1).contiguous()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of how timm indexes

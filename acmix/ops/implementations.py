@@ -55,6 +55,19 @@ class Window:
         """Pixels from the centre of a window to its edge; also the padding that keeps the size of a map."""
         return self.dilation * (self.kernel_size // 2)
 
+    def on(self, height: int, width: int) -> "Window":
+        """The largest window up to this one that reaches less far than the shorter side of a map: 1 × 1 on one pixel.
+
+        Reflection needs that. It is this window where the map is large enough, or of any size in a graph being traced:
+        the operation asks again when it runs.
+        """
+        if are_dynamic((height, width)):
+            return self
+        shorter = min(int(height), int(width))  # tensors in torch.jit.trace
+        if self.reach < shorter:
+            return self
+        return Window(2 * (max(0, shorter - 1) // self.dilation) + 1, self.stride, self.dilation)
+
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of windows on a map: ceil(H / stride), ceil(W / stride)."""
         return -(-height // self.stride), -(-width // self.stride)
@@ -67,12 +80,14 @@ class Problem:
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """(B, C, H, W) of q, k and v."""
+    """(B, C, H, W) of q, and of k and v unless `uneven`."""
     heads: int
     window: Window
     channels_last: bool = False
     may_compile: bool = False
     """Whether `auto` may take what has to be compiled first; see `may_compile()`."""
+    uneven: bool = False
+    """Whether q, k and v have different numbers of heads."""
     transformed: bool = False
     """Whether torch.func or forward-mode AD takes part; see `transformed()`."""
 
@@ -82,7 +97,10 @@ class Problem:
         shape: tuple[int, ...] = q.shape
         if torch.jit.is_tracing():  # its sizes are tensors
             shape, heads = tuple(map(int, shape)), int(heads)
-        return cls(q.device, q.dtype, shape, heads, window, is_channels_last(q), may_compile(), transformed())
+        return cls(
+            q.device, q.dtype, shape, heads, window,
+            channels_last=is_channels_last(q), may_compile=may_compile(), transformed=transformed(),
+        )  # fmt: skip
 
     @property
     def head_dim(self) -> int:

@@ -37,11 +37,14 @@ def local_attention(
 ) -> Tensor:
     """Sliding-window attention with reflection padding and linear relative positions; see the public operation.
 
+    Reflection needs a map larger than the window's reach, dilation * (K // 2): on a smaller one K is the largest odd
+    number for which it is.
     Products are taken in the dtype of q, k and v and summed in float32 (float64 for float64); positions and
     the softmax are in float32 or better. The K² members of a window are visited one by one:
     logits are kept, copies of k and v are not.
     """
     head_dim = position_weight.shape[0]
+    kernel_size = min(kernel_size, 2 * ((min(q.shape[-2:]) - 1) // dilation) + 1)
     q, k, v = (maps.unflatten(1, (-1, head_dim)) for maps in (q, k, v))  # (B, N, d, H, W)
     wide = torch.promote_types(q.dtype, torch.float32)
     p = positions(q.shape[-2], q.shape[-1], like=q)
@@ -76,8 +79,7 @@ def shift_conv(
 ) -> Tensor:
     """Fully connected layer over the map index, then a grouped convolution that shifts and sums."""
     kernel = shift_weight.shape[-1]
-    heads = fc_weight.shape[1] // 3
-    maps = torch.cat([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1)  # (B, 3N, d, H, W)
+    maps = torch.cat([q, k, v], 1).unflatten(1, (fc_weight.shape[1], -1))  # (B, 3N, d, H, W)
     mixed = torch.einsum("bmdyx,im->bdiyx", maps, fc_weight)
     if fc_bias is not None:
         mixed = mixed + fc_bias[:, None, None]

@@ -127,9 +127,12 @@ def test_arguments_that_do_not_fit_are_refused_by_number(options, message):
         ACmix(8, 8, **options)
 
 
-def test_a_map_too_small_for_the_window_is_refused_with_both_sizes():
-    with pytest.raises(ValueError, match=r"3×8.*kernel_size 7"):
-        ACmix(8, 8)(torch.randn(1, 8, 3, 8))
+@pytest.mark.parametrize(("size", "window"), [((1, 1), 1), ((3, 6), 5), ((2, 9), 3)], ids=str)
+def test_a_map_smaller_than_the_window_gets_the_window_that_fits(size, window):
+    block, fitting = ACmix(8, 8, heads=2), ACmix(8, 8, heads=2, kernel_att=window)
+    fitting.load_state_dict(block.state_dict())
+    x = torch.randn(2, 8, *size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block(x), fitting(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(8, 9, 9), (2, 81, 8), (2, 4, 9, 9), (2, 9, 9, 8), (8,), (2, 8, 3, 9, 9)], ids=str)

@@ -2,6 +2,8 @@
 
 from acmix.layers.attention.base import AttentionPath
 from acmix.layers.attention.local import LocalAttention
+from acmix.layers.attention.patchwise import PatchwiseAttention
+from acmix.layers.attention.reduced import ReducedAttention
 from acmix.layers.attention.window import WindowAttention
 
-__all__ = ["AttentionPath", "LocalAttention", "WindowAttention"]
+__all__ = ["AttentionPath", "LocalAttention", "PatchwiseAttention", "ReducedAttention", "WindowAttention"]

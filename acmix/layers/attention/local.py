@@ -18,13 +18,13 @@ class LocalAttention(AttentionPath):
     Args:
         heads: N.
         head_dim: d.
-        kernel_size: Window K, odd.
+        kernel_size: Window K, odd; see `acmix.ops.local_attention` for maps smaller than that.
         stride: Queries are every stride-th pixel.
         dilation: Spacing of the window's members.
         impl: Implementation of `acmix.ops.local_attention`.
 
     Raises:
-        ValueError: for an even kernel size; at the call, for a map not larger than dilation * (K // 2).
+        ValueError: for an even kernel size.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LocalAttention(AttentionPath):
 
     @property
     def window(self) -> Window:
-        """The window of every query."""
+        """The window of every query, on a map that is large enough for it."""
         return Window(self.kernel_size, self.stride, self.dilation)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,13 +61,15 @@ class LocalAttention(AttentionPath):
 
     def multiply_adds(self, shape: Sequence[int]) -> int:
         """K² products of width d for the logits and as many for the values, for each head and query."""
-        return 2 * self.kernel_size**2 * strided_numel(shape, self.stride)
+        kernel_size = self.window.on(*shape[-2:]).kernel_size
+        return 2 * kernel_size**2 * strided_numel(shape, self.stride)
 
     @classmethod
     def parity_cases(cls) -> Iterator[ParityCase]:
         yield {"heads": 3, "head_dim": 4}, (9, 7)
         yield {"heads": 2, "head_dim": 8, "kernel_size": 3, "stride": 2}, (7, 6)
         yield {"heads": 1, "head_dim": 5, "kernel_size": 5, "dilation": 2}, (8, 11)
+        yield {"heads": 2, "head_dim": 4, "kernel_size": 7}, (2, 5)
 
     def extra_repr(self) -> str:
         return (

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.fx import Proxy
 
 from acmix.layers.attention.base import AttentionPath
 from acmix.layers.derived import DerivedBuffers
@@ -71,7 +72,8 @@ class WindowAttention(DerivedBuffers, AttentionPath):
         x = with_fixed_size(x)
         height, width = x.shape[-2:]
         rows, columns = self._padded(height, width)
-        return x if (rows, columns) == (height, width) else F.pad(x, (0, columns - width, 0, rows - height))
+        fits = not isinstance(x, Proxy) and (rows, columns) == (height, width)  # a graph of torch.fx is for any size
+        return x if fits else F.pad(x, (0, columns - width, 0, rows - height))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         height, width = q.shape[-2:]

@@ -7,7 +7,15 @@ from acmix.ops import reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
 from acmix.ops.implementations import ALIASES, Problem, Window, announcing, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
-from acmix.ops.maps import autocast_dtype, cast_maps, check_maps, empty_like_layout, keepable, without_autocast
+from acmix.ops.maps import (
+    are_dynamic,
+    autocast_dtype,
+    cast_maps,
+    check_maps,
+    empty_like_layout,
+    keepable,
+    without_autocast,
+)
 
 
 def local_attention(
@@ -27,7 +35,9 @@ def local_attention(
 
         logits[i, j] = d**-0.5 * q_i · (k_j + P (p_i - p_j)),   out_i = sum_j softmax_j(logits[i, j]) v_j
 
-    over the K × K window of i, whose members are `dilation` pixels apart; k, v and p are reflected at the border.
+    over the K × K window of i, whose members are `dilation` pixels apart; k, v and p are reflected at the border. On a
+    map whose shorter side is not larger than dilation * (K // 2), K is the largest odd number for which it is: a single
+    pixel attends to itself.
 
     Args:
         q, k, v: Maps (B, N*d, H, W), channels (head, head_dim), any strides, one dtype.
@@ -43,22 +53,22 @@ def local_attention(
         dtype first, as for a matrix product; positions and the softmax stay in float32 or better.
 
     Raises:
-        ValueError: for maps of different shapes or dtypes, channels that d does not divide, an even kernel_size, a map
-            not larger than dilation * (K // 2), an unknown impl, or an impl that cannot run here (with the reason).
+        ValueError: for maps of different shapes or dtypes, empty maps, channels that d does not divide, an even
+            kernel_size, an unknown impl, or an impl that cannot run here (with the reason).
     """
     if (dtype := autocast_dtype(q)) is not None:
         q, k, v = cast_maps(dtype, q, k, v)
         with without_autocast(q):
             return local_attention(q, k, v, position_weight, kernel_size, stride, impl, dilation=dilation)
-    window = Window(kernel_size, stride, dilation)
-    _check(q, k, v, position_weight, window)
+    _check(q, k, v, position_weight)
+    window = Window(kernel_size, stride, dilation).on(*q.shape[2:])
     choice = LOCAL_ATTENTION.resolve(impl, Problem.of(q, q.shape[1] // position_weight.shape[0], window))
     if choice == "reference":
         return reference.local_attention(q, k, v, position_weight, kernel_size, stride, dilation)
     return _forward(q, k, v, position_weight, kernel_size, stride, dilation, choice)[0]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Window) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor) -> None:
     check_maps(q, k, v)
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
@@ -70,13 +80,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Win
             f"{q.shape[1]} channels do not divide into heads of width {head_dim} (the rows of position_weight): "
             f"choose channels = heads * {head_dim}"
         )
-    if min(q.shape[-2:]) <= window.reach:
-        raise ValueError(
-            f"a {q.shape[-2]}×{q.shape[-1]} map is too small for kernel_size {window.kernel_size} with dilation "
-            f"{window.dilation}: reflection padding reaches {window.reach} pixels and needs a map of at least "
-            f"{window.reach + 1}×{window.reach + 1}; use a larger input, a smaller kernel_size or less stride before "
-            f"this layer"
-        )
+    if not are_dynamic(q.shape[2:]) and min(q.shape[2:]) < 1:
+        raise ValueError(f"a map of {q.shape[2]}×{q.shape[3]} pixels is empty: attention needs at least one pixel")
 
 
 @torch.library.custom_op("acmix::local_attention", mutates_args=())
@@ -92,7 +97,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The attended map, and the log-sum-exp of the logits where the implementation's backward pass needs it."""
     refuse_forward_ad("local_attention")
-    window = Window(kernel_size, stride, dilation)
+    window = Window(kernel_size, stride, dilation).on(*q.shape[2:])
     if announcing():  # a compiled graph does not come through `resolve`
         LOCAL_ATTENTION.announce(impl, Problem.of(q, q.shape[1] // position_weight.shape[0], window))
     result = LOCAL_ATTENTION.load(impl).forward(q, k, v, position_weight, window)
@@ -140,7 +145,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the position weight; logits are computed again."""
     saved = [tensor for tensor in (out, lse) if tensor is not None]
-    window = Window(kernel_size, stride, dilation)
+    window = Window(kernel_size, stride, dilation).on(*q.shape[2:])
     with without_autocast(q):  # a backward pass may be started under autocast
         return LOCAL_ATTENTION.load(impl).backward(grad_out, q, k, v, position_weight, *saved, window)
 

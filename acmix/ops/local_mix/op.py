@@ -77,8 +77,9 @@ def local_mix_refusal(
         return "it is written for the CPU"
     if transformed():
         return "it lacks the rules of torch.func"
-    if attended.stride != convolved.stride or min(q.shape[2:]) <= attended.reach:
-        return "the windows do not fit together, or not the map"
+    if attended.stride != convolved.stride or q.numel() == 0:
+        return "the windows do not fit together, or the map is empty"
+    attended = attended.on(*q.shape[2:])
     for operation, name, window in ((LOCAL_ATTENTION, impl, attended), (SHIFT_CONV, conv_impl, convolved)):
         choice = operation.resolve(name, Problem.of(q, heads, window))
         if choice != "cpp":
@@ -101,6 +102,12 @@ def _plain(
     return alpha.to(attended.dtype) * attended + convolve_plain(q, k, v, weight.to(q.dtype), stride, dilation)
 
 
+def _windows(qkv: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int) -> tuple[Window, Window]:
+    """Those of the attention, as large as the map allows, and of the convolution."""
+    attended = Window(kernel_size, stride, dilation).on(*qkv.shape[1:3])
+    return attended, Window(weight.shape[-1], stride, dilation)
+
+
 @torch.library.custom_op("acmix::local_mix", mutates_args=())
 def _forward(
     qkv: Tensor,
@@ -116,7 +123,7 @@ def _forward(
     from acmix.ops.local_mix import cpp
 
     refuse_forward_ad("local_mix")
-    windows = Window(kernel_size, stride, dilation), Window(weight.shape[-1], stride, dilation)
+    windows = _windows(qkv, weight, kernel_size, stride, dilation)
     return cpp.forward(qkv, position_weight, weight, alpha, *windows, channels_last)
 
 
@@ -156,7 +163,7 @@ def _backward(
     """Gradients of q, k and v side by side, the position weight, the convolution's weight and alpha."""
     from acmix.ops.local_mix import cpp
 
-    windows = Window(kernel_size, stride, dilation), Window(weight.shape[-1], stride, dilation)
+    windows = _windows(qkv, weight, kernel_size, stride, dilation)
     with without_autocast(qkv):  # a backward pass may be started under autocast
         return cpp.backward(grad_out, qkv, position_weight, weight, alpha, lse, *windows)
 

@@ -28,9 +28,13 @@ class PathRow(TypedDict):
 def path_layers(model: nn.Module) -> list[PathRow]:
     """Read alpha and beta of every ACmix block, in depth order; an empty list for a model without such blocks.
 
+    A block that has one path by design, as the last of a PVT with a class token, is left out where others mix two: its
+    weights, 1 and 0, would pass for a finding in the mean of its stage.
+
     The model may be wrapped in DistributedDataParallel, a timm EMA or `torch.compile`; the names stay the bare model's.
     """
     mixes = list(_path_mixes(model))
+    mixes = [(name, mix) for name, mix in mixes if mix.has_attention and mix.has_convolution] or mixes
     weights = _as_floats([weight for _, mix in mixes for weight in mix.weights()])
     return [
         PathRow(layer=name, stage=int(mix.stage), depth=i + 1, alpha=weights[2 * i], beta=weights[2 * i + 1])

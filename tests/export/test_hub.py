@@ -1,0 +1,128 @@
+"""A trained run as a folder that timm loads, and the files of a run as timm takes them."""
+
+import importlib.util
+import json
+import runpy
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import save_for_hf
+from torch import nn
+
+from acmix import models  # noqa: F401 - registers the networks
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = {
+    "resnet": """
+model: {name: acmix_resnet26, kwargs: {base_width: 8, stem: cifar, kernel_att: 3, in_chans: 1}}
+data: {dataset: digits, image_size: 8, batch_size: 16, val_batch_size: 120, num_workers: 0}
+augment: {crop: none}
+schedule: {epochs: 1, steps: 2}
+ema: {decay: 0.5}
+run: {name: little}
+""",
+    "swin": """
+model: {name: acmix_swin_tiny, kwargs: {embed_dim: 8, depths: [1, 1, 1, 1], heads: [1, 1, 2, 2], patch_size: 2}}
+data: {dataset: digits, image_size: [16, 24], batch_size: 16, val_batch_size: 120, num_workers: 0}
+augment: {crop: none}
+schedule: {epochs: 1, steps: 1}
+""",
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "config.yaml").write_text(CONFIGS[request.param])
+    main = runpy.run_path(str(ROOT / "train.py"))["main"]
+    assert main(["--config", str(folder / "config.yaml"), f"run.dir={folder / 'run'}"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("export_hf", ROOT / "scripts" / "export_hf.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def built(run: Path, checkpoint: Path) -> nn.Module:
+    """The run's network, with weights that timm's own reader takes from a file."""
+    config = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["config"]
+    kwargs = dict(config["model"]["kwargs"])
+    if "swin" in config["model"]["name"]:
+        kwargs["img_size"] = config["data"]["image_size"]
+    return timm.create_model(config["model"]["name"], num_classes=10, checkpoint_path=checkpoint, **kwargs)
+
+
+@pytest.mark.parametrize("weights", ["auto", "raw"])
+def test_an_exported_run_is_loaded_by_timm_with_its_sizes_classes_and_weights(weights, run, script, tmp_path, capsys):
+    out = tmp_path / "hub" / "network"
+    assert script.main(["--checkpoint", str(run), "--out", str(out), "--weights", weights]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["out"] == str(out)
+    network = timm.create_model(f"local-dir:{out}", pretrained=True)
+    averaged = run / "checkpoints" / "best" / "ema.safetensors"
+    file = averaged if weights == "auto" and averaged.exists() else averaged.with_name("model.safetensors")
+    want = built(run, file)
+    got = resolve_data_config(model=network)
+    assert (got["crop_pct"], got["std"][0]) == (1.0, pytest.approx(0.349))
+    images = torch.randn(2, *got["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), want.eval()(images), rtol=0, atol=0)
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert [file.name for file in out.parent.iterdir()] == ["network"]
+
+
+def test_the_card_states_data_recipe_figures_and_path_weights(run, script, tmp_path):
+    assert script.main(["--checkpoint", str(run / "checkpoints" / "last"), "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    last = summary["last"]
+    network = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    mixes = [name.removesuffix(".alpha") for name in network.state_dict() if name.endswith("mix.alpha")]
+    for part in (
+        "`digits`", "10 classes", "optimizer:", f"top1 {last['top1']:.2f} %", f"on {last['count']} images",
+        f"{summary['parameters']:,} parameters", *(f"| {name.removesuffix('.mix')} |" for name in mixes),
+    ):  # fmt: skip
+        assert part in card
+
+
+def test_a_folder_that_holds_something_is_replaced_only_if_asked(run, script, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("mine")
+    arguments = ["--checkpoint", str(run), "--out", str(tmp_path)]
+    assert script.main(arguments) == 2
+    assert "holds something already" in capsys.readouterr().err
+    assert (tmp_path / "own.txt").exists()
+    assert script.main([*arguments, "--force"]) == 0
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "/nowhere"], "no such run"),
+        (["--checkpoint", "RUN", "model.name=acmix_resnet27"], "did you mean"),
+        (["--checkpoint", "RUN", "model.kwargs.mix=sum"], "do not fit"),
+        (["--checkpoint", "RUN", "--out", "/proc/x/y"], "--out /proc/x/y: cannot write there"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(arguments, message, run, script, tmp_path, capsys):
+    given = [str(run) if argument == "RUN" else argument for argument in arguments]
+    assert script.main(["--out", str(tmp_path / "out"), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_saved_by_timm_itself_and_loaded_again(run, tmp_path):
+    network = built(run, run / "checkpoints" / "last" / "model.safetensors")
+    save_for_hf(network, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    for name, value in network.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
