@@ -75,10 +75,10 @@ class Runner:
                     child.wait()
 
     def _loop(self) -> None:
-        shown = 0.0
+        shown, asked = 0.0, False
         while self._waiting or self._live:
-            if self.signals.requested and not self.stopped:
-                self.stopped = True
+            if self.signals.requested and not asked:
+                asked = self.stopped = True
                 self._waiting.clear()
                 self._say(f"Stopping on {self.signals.reason}: the runs save and end")
                 self._stop()
