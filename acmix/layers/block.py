@@ -1,6 +1,8 @@
 """The ACmix block: one set of projections, two paths, one mix."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,8 @@ class ACmix(nn.Module):
         kernel_conv: Kernel of the convolution path, odd.
         stride: Of both paths.
         dilation: Of both paths.
-        mix: Mode of `PathMix`. A path that the mode leaves out is not built.
+        mix: Mode of `PathMix`, or a mapping of its mode, alpha, beta, per and tied. A path that the mode leaves out is
+            not built.
         shift: Kind of `ShiftConv`.
         attention: The attention path; None builds `LocalAttention` from the arguments above.
         conv_bias: Whether the convolution path's fully connected layer has a bias (Swin has one).
@@ -53,7 +56,7 @@ class ACmix(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         *,
-        mix: str = "learned",
+        mix: str | Mapping[str, Any] = "learned",
         shift: str = "learned",
         attention: AttentionPath | None = None,
         conv_bias: bool = False,
@@ -74,7 +77,7 @@ class ACmix(nn.Module):
         head_dim = out_channels // heads
         self.in_channels, self.out_channels, self.heads, self.stride = in_channels, out_channels, heads, stride
         with nullcontext() if device is None else torch.device(device):
-            self.mix = PathMix(mix, stage)
+            self.mix = PathMix.build(mix, stage, heads, out_channels)
             self.qkv = nn.Linear(in_channels, 3 * out_channels)  # rows: q, k, v, each (head, head_dim)
             self.attention: AttentionPath | None = None
             self.convolution: ShiftConv | None = None
@@ -91,8 +94,9 @@ class ACmix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)), any memory format.
 
-        Where the mix or a path has hooks, is wrapped or replaced, all three are called as modules, each with its own
-        map. Otherwise the paths are computed straight into their weighted sum: the same up to rounding.
+        Where the mix or a path has hooks, is wrapped or replaced, or the path weights are no scalars, all three are
+        called as modules, each with its own map. Otherwise the paths are computed straight into their weighted sum: the
+        same up to rounding.
         """
         self._check(x)
         height, width = x.shape[-2:]
@@ -153,7 +157,11 @@ class ACmix(nn.Module):
 
     def _can_fuse(self) -> bool:
         paths = (path for path in (self.attention, self.convolution) if path is not None)
-        return is_plain(self.mix, PathMix) and all(isinstance(p, Path) and not is_observed(p) for p in paths)
+        return (
+            is_plain(self.mix, PathMix)
+            and self.mix.is_scalar
+            and all(isinstance(p, Path) and not is_observed(p) for p in paths)
+        )
 
     def _crop(self, out: Tensor, height: int, width: int) -> Tensor:
         """The part of a path's output that belongs to an input of this size, which may have been padded."""
