@@ -112,6 +112,8 @@ VERDICTS: dict[str, Verdict] = {
     "optimizer.eps": _STATE,
     "optimizer.layer_decay": Verdict("no switch"),
     "optimizer.path_lr_factor": _FREE,
+    "optimizer.path_weight_decay": _FREE,
+    "optimizer.path_freeze_epochs": _FREE,
     "optimizer.clip_grad": _FREE,
     "optimizer.clip_mode": _FREE,
     "optimizer.accumulate": _DATA,

@@ -202,7 +202,7 @@ class OptimizerConfig(_Section):
     """Global batch size for which lr is given, scaled linearly to the actual one; null: lr as given."""
 
     weight_decay: NonNegative = 1e-4
-    """Weight decay (never on path weights, norms and biases)."""
+    """Weight decay (never on norms and biases; path weights have their own)."""
 
     momentum: BelowOne = 0.9
     """Momentum, for optimizers that have one."""
@@ -218,6 +218,12 @@ class OptimizerConfig(_Section):
 
     path_lr_factor: NonNegative = 1.0
     """Learning-rate factor of the path weights alpha and beta."""
+
+    path_weight_decay: NonNegative = 0.0
+    """Weight decay of the path weights alpha and beta, which pulls both paths to zero."""
+
+    path_freeze_epochs: NonNegative = 0.0
+    """Epochs at the beginning in which the path weights stay as they start."""
 
     clip_grad: AboveZero | None = None
     """Limit of gradient clipping; null: no clipping."""

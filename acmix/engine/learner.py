@@ -20,6 +20,7 @@ from acmix.engine.forward import Mixing, autocast, network_inputs
 from acmix.engine.on_host import OnHost
 from acmix.engine.optim import build_optimizer, build_scheduler, load_optimizer, parameter_groups
 from acmix.errors import UserError
+from acmix.layers.mix import path_weights
 from acmix.ops.native import cxx_compiler
 from acmix.process.distributed import Distributed
 
@@ -64,6 +65,8 @@ class Learner:
         self.optimizer = build_optimizer(self.model, config.optimizer, loader.global_batch)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, loader.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=config.precision.amp == "fp16")
+        self._paths = list(path_weights(self.model).values())
+        self._frozen_steps = round(config.optimizer.path_freeze_epochs * loader.updates_per_epoch)
         self._losses = _build_loss(config, mixed=mixing is not None)
         self._runner: nn.Module = self.model
         if dist.world_size > 1:
@@ -127,6 +130,9 @@ class Learner:
         The norm is None unless clipping is on or `measure` asks for it.
         """
         self.scheduler.step_update(step - 1)
+        if step <= self._frozen_steps:
+            for weight in self._paths:
+                weight.grad = None  # the optimizer passes over it and begins its averages with the first gradient
         norm = None
         clip, mode = self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
         if clip is not None or measure:

@@ -9,7 +9,7 @@ from acmix.layers.attention import (
 )
 from acmix.layers.block import ACmix
 from acmix.layers.convolution import ShiftConv
-from acmix.layers.mix import PathMix, path_weights
+from acmix.layers.mix import PathMix, path_weights, tie_path_weights
 from acmix.layers.path import Path
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "ShiftConv",
     "WindowAttention",
     "path_weights",
+    "tie_path_weights",
 ]

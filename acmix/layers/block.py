@@ -1,6 +1,6 @@
 """The ACmix block: one set of projections, two paths, one mix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,7 +32,8 @@ class ACmix(nn.Module):
         kernel_conv: Kernel of the convolution path, odd.
         stride: Of both paths.
         dilation: Of both paths.
-        mix: Mode of `PathMix`. A path that the mode leaves out is not built.
+        mix: Mode of `PathMix`, or a mapping of its mode, alpha, beta, per and tied. A path that the mode leaves out is
+            not built.
         shift: Kind of `ShiftConv`.
         attention: The attention path; None builds `LocalAttention` from the arguments above. The block projects what
             the path asks for (`AttentionPath.maps`), also where the mix then leaves the path out.
@@ -57,7 +58,7 @@ class ACmix(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         *,
-        mix: str = "learned",
+        mix: str | Mapping[str, Any] = "learned",
         shift: str = "learned",
         attention: AttentionPath | None = None,
         conv_bias: bool = False,
@@ -78,7 +79,7 @@ class ACmix(nn.Module):
         head_dim = out_channels // heads
         self.in_channels, self.out_channels, self.heads, self.stride = in_channels, out_channels, heads, stride
         with nullcontext() if device is None else torch.device(device):
-            self.mix = PathMix(mix, stage)
+            self.mix = PathMix.build(mix, stage, heads, out_channels)
             maps = (heads, heads, heads) if attention is None else attention.maps
             shared_maps = sum(maps) if attention is None else attention.shared_maps
             if not self.mix.has_attention and shared_maps < sum(maps):
@@ -110,9 +111,9 @@ class ACmix(nn.Module):
         the map and the tokens (B, T, out_channels). A path that `takes_tokens` attends to them and from them as to and
         from any pixel; they go past the convolution path and get alpha · attention.
 
-        Where the mix or a path has hooks, is wrapped or replaced, or torch.fx traces, all three are called as modules,
-        each with its own map. Otherwise the paths are computed straight into their weighted sum: the same up to
-        rounding.
+        Where the mix or a path has hooks, is wrapped or replaced, the path weights are no scalars, or torch.fx traces,
+        all three are called as modules, each with its own map. Otherwise the paths are computed straight into their
+        weighted sum: the same up to rounding.
         """
         traced = isinstance(x, Proxy)
         if not traced:
@@ -148,13 +149,13 @@ class ACmix(nn.Module):
         height, width = q.shape[-2:]
         count = tokens.shape[1]
         of_q, of_k, of_v = self.qkv(tokens).split(self.widths, 2)
-        attended = _call(self.attention, _row(of_q, q), _row(of_k, k), _row(of_v, v))[:, :, 0]
+        attended = _call(self.attention, _row(of_q, q), _row(of_k, k), _row(of_v, v))
         convolution = None
         if self.convolution is not None:
             convolution = _call(self.convolution, *self._share(q, k, v, height, width))
         alpha, _ = self.mix.weights()
-        mixed = self.mix(attended[:, :, count:].unflatten(2, (height, width)), convolution)
-        return mixed, (alpha * attended[:, :, :count]).mT
+        mixed = self.mix(attended[:, :, 0, count:].unflatten(2, (height, width)), convolution)
+        return mixed, (alpha * attended[..., :count])[:, :, 0].mT
 
     def _share(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v for the convolution path."""
@@ -192,7 +193,11 @@ class ACmix(nn.Module):
 
     def _can_fuse(self) -> bool:
         paths = (path for path in (self.attention, self.convolution) if path is not None)
-        return is_plain(self.mix, PathMix) and all(isinstance(p, Path) and not is_observed(p) for p in paths)
+        return (
+            is_plain(self.mix, PathMix)
+            and self.mix.is_scalar
+            and all(isinstance(p, Path) and not is_observed(p) for p in paths)
+        )
 
     def _crop(self, out: Tensor, height: int, width: int) -> Tensor:
         """The part of a path's output that belongs to an input of this size, which may have been padded."""

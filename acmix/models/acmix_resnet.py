@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from acmix.layers import ACmix, LocalAttention, path_weights
+from acmix.layers import ACmix, LocalAttention, path_weights, tie_path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.layout import fast_layout
@@ -98,7 +98,7 @@ class ACmixResNet(nn.Module):
         heads: Heads of every block, or one number for each stage.
         kernel_att: Window of the local attention, where the map is not smaller.
         kernel_conv: Kernel of the convolution path.
-        mix: Mode of `acmix.layers.PathMix`.
+        mix: Mode of `acmix.layers.PathMix`, or a mapping of its arguments, such as {per: head}.
         shift: Kind of `acmix.layers.ShiftConv`.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
@@ -124,7 +124,7 @@ class ACmixResNet(nn.Module):
         heads: int | Sequence[int] = 4,
         kernel_att: int = 7,
         kernel_conv: int = 3,
-        mix: str = "learned",
+        mix: str | dict[str, Any] = "learned",
         shift: str = "learned",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -153,6 +153,7 @@ class ACmixResNet(nn.Module):
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.init_weights(zero_init_last)
+        tie_path_weights(self)
 
     def _build_stem(self, in_chans: int, width: int, stem: str) -> None:
         imagenet = stem == "imagenet"

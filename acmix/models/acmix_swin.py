@@ -19,7 +19,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from acmix.layers import ACmix, WindowAttention, path_weights
+from acmix.layers import ACmix, WindowAttention, path_weights, tie_path_weights
 from acmix.layers.fixed_size import with_fixed_size
 from acmix.layers.plain import is_observed, is_plain
 from acmix.models.checks import check_positive, check_rates
@@ -217,7 +217,7 @@ class ACmixSwin(nn.Module):
         window_size: Side of the windows, or (height, width).
         mlp_ratio: Hidden width of the perceptrons over their channels.
         kernel_conv: Kernel of the convolution path.
-        mix: Mode of `acmix.layers.PathMix`.
+        mix: Mode of `acmix.layers.PathMix`, or a mapping of its arguments, such as {per: head}.
         shift: Kind of `acmix.layers.ShiftConv`.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after the blocks and in the perceptrons.
@@ -244,7 +244,7 @@ class ACmixSwin(nn.Module):
         window_size: int | tuple[int, int] = 7,
         mlp_ratio: float = 4.0,
         kernel_conv: int = 3,
-        mix: str = "learned",
+        mix: str | dict[str, Any] = "learned",
         shift: str = "learned",
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -309,6 +309,7 @@ class ACmixSwin(nn.Module):
         )
         self.head_hidden_size = self.head.num_features
         self.init_weights()
+        tie_path_weights(self)
 
     @torch.jit.ignore
     def set_input_size(

@@ -15,7 +15,8 @@ class PathRow(TypedDict):
     """One block's path weights.
 
     layer: dotted name of the block in the model; stage: 1-based; depth: 1-based position among the blocks;
-    alpha, beta: the weights in effect (of the attention and of the convolution path), whatever the mix's mode.
+    alpha, beta: the weights in effect (of the attention and of the convolution path), whatever the mix's mode; where
+    each head or channel has its own, their mean.
     """
 
     layer: str
@@ -51,7 +52,7 @@ def _path_mixes(model: nn.Module) -> Iterator[tuple[str, PathMix]]:
 
 def _as_floats(weights: list[Tensor | float]) -> list[float]:
     """Convert with a single device synchronisation: a `float()` for each of 32 scalars would stall a GPU 32 times."""
-    tensors = [weight.detach().float().reshape(()) for weight in weights if isinstance(weight, Tensor)]
+    tensors = [weight.detach().float().mean() for weight in weights if isinstance(weight, Tensor)]
     values = iter(torch.stack(tensors).tolist() if tensors else [])
     return [next(values) if isinstance(weight, Tensor) else float(weight) for weight in weights]
 
