@@ -92,6 +92,10 @@ _PATHS = Layout(
 )
 
 
+WEIGHTS = _PATHS.columns[0]
+SHARE = Column("Effective share of attention", "share", (Curve(_measured("attention_share"), BLUE),), span=0.1)
+
+
 def layout(run: ProbeHistory) -> Layout:
     """The picture of a run's probe: path weights have their own, any other probe gets one column for each key."""
     if run.probe == "paths":
