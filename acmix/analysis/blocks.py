@@ -57,9 +57,8 @@ def path_mixes(model: nn.Module) -> Iterator[tuple[str, nn.Module, PathMix]]:
     modules = dict(unwrap_model(model).named_modules())
     for name, module in modules.items():
         if isinstance(module, PathMix):
-            parent = name.rpartition(".")[0]
-            block = parent.replace("_orig_mod.", "").removesuffix("_orig_mod")  # submodules may be compiled one by one
-            yield block or "block", modules[parent], module
+            block = name.replace("_orig_mod.", "").rpartition(".")[0]  # submodules may be compiled one by one
+            yield block or "block", modules[name.rpartition(".")[0]], module
 
 
 def acmix_blocks(model: nn.Module) -> list[PlacedBlock]:
