@@ -34,8 +34,12 @@ def _centred_gram(features: Tensor) -> Tensor:
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """The modules around the ACmix blocks, with their shortcuts, in depth order; the usual layers to compare."""
-    return [block.layer.rpartition(".")[0] or block.layer for block in acmix_blocks(model)]
+    """The modules around the ACmix blocks, with their shortcuts, in depth order: the usual layers to compare.
+
+    Of a model without such blocks the stages, as timm's `feature_info` names them.
+    """
+    around = [block.layer.rpartition(".")[0] or block.layer for block in acmix_blocks(model)]
+    return around or [info["module"] for info in getattr(model, "feature_info", [])]
 
 
 @torch.no_grad()
