@@ -111,7 +111,7 @@ def compare_layers(runs: Sequence[Opened]) -> tuple[dict[str, Any], Figure]:
     picture = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
     axis.set_xticks(range(len(names[1])), names[1], rotation=90)
     axis.set_yticks(range(len(names[0])), names[0])
-    axis.set(title=f"Linear CKA, {len(first.ids)} images", xlabel=last.name, ylabel=first.name)
+    axis.set(title=f"Linear CKA, {len(first.ids)} images", xlabel=_short(last.name), ylabel=_short(first.name))
     figure.colorbar(picture, ax=axis)
     return {"rows": names[0], "columns": names[1], "cka": matrix.tolist()}, figure
 
@@ -131,8 +131,13 @@ def measure_fields(runs: Sequence[Opened]) -> tuple[list[dict[str, Any]], Figure
         result.append({"run": run.name, "areas": {f"{share:g}": area for share, area in areas.items()}})
         axis.imshow((field / field.max()).log10().clamp(min=-4), cmap="viridis")
         told = ", ".join(f"{share:.0%} in {area:.0%}" for share, area in areas.items())
-        axis.set(title=f"{run.name}\n{told} of the image", xticks=[], yticks=[])
+        axis.set(title=f"{_short(run.name)}\n{told}", xticks=[], yticks=[])
     return result, figure
+
+
+def _short(run: str) -> str:
+    """The last two parts of a run's path, which tell runs apart."""
+    return "/".join(Path(run).parts[-2:])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from acmix.telemetry.layer_rows import LayerRows, measured, stage_means
 from acmix.telemetry.record import Row, as_number
 
 _NOT_CURVES = {"event", "time", "step", "epoch", "epochs", "steps", "count"}
-_NOT_HYPERPARAMETERS = ("run", "paths")
+_HYPERPARAMETERS = ("model", "augment", "loss", "optimizer", "schedule", "precision", "ema")
 _METRICS = ("top1", "top5", "loss")
 
 
@@ -79,16 +79,21 @@ def _picture(paths: Row, shares: Row | None) -> Summary.Value:
 
 
 def _hyperparameters(config: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[Summary.Value]:
-    """The config, without where and how the run is kept, and the last evaluation; lists and the like as text."""
-    chosen = {
-        f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else str(value)
-        for section, keys in config.items()
-        if section not in _NOT_HYPERPARAMETERS
-        for key, value in keys.items()
-        if value is not None
-    }
+    """What a run was made with and is compared by, without what is off, and its last evaluation."""
+    chosen: dict[str, Any] = {}
+    for section in _HYPERPARAMETERS:
+        chosen |= dict(_flat(section, config.get(section, {})))
     if "run" in config:
         chosen["run.seed"] = config["run"].get("seed")
     metrics = {f"eval/{key}": number for key in _METRICS if (number := as_number(last.get(key))) is not None}
     for summary in hparams(chosen, metrics):
         yield from summary.value
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, bool | int | float | str]]:
+    """A value by its name, a mapping's values by theirs; lists as text; nothing for null, 0, false and empty values."""
+    if isinstance(value, Mapping):
+        for key, inside in value.items():
+            yield from _flat(f"{name}.{key}", inside)
+    elif value:
+        yield name, value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,6 +1,5 @@
 """What TensorBoard shows beside the curves: charts of each stage, pictures by depth, hyperparameters with metrics."""
 
-import json
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,12 @@ SHARES: list[Any] = [
     {"layer": "a", "stage": 1, "depth": 1, "attention_share": 0.5},
     {"layer": "b", "stage": 2, "depth": 2, "attention_share": None},
 ]
-CONFIG = {"model": {"name": "m", "kwargs": {"mix": "sum"}}, "optimizer": {"lr": 0.1, "eps": None}, "run": {"seed": 3}}
+CONFIG = {
+    "model": {"name": "m", "kwargs": {"mix": "sum", "depths": [1, 2]}},
+    "data": {"root": "there"},
+    "optimizer": {"lr": 0.1, "eps": None},
+    "run": {"seed": 3, "name": "run"},
+}
 
 
 def train(run: Path, epochs: range, *, resume_step: int | None = None) -> None:
@@ -86,8 +90,9 @@ def test_the_end_ties_the_config_to_the_last_metrics(tmp_path: Path) -> None:
     assert {info.name.tag for info in experiment.metric_infos} == {"eval/top1", "eval/top5", "eval/loss"}
     chosen = data["_hparams_/session_start_info"].session_start_info.hparams
     assert chosen["optimizer.lr"].number_value == 0.1
-    assert json.loads(chosen["model.kwargs"].string_value.replace("'", '"')) == {"mix": "sum"}
-    assert set(chosen) == {"model.name", "model.kwargs", "optimizer.lr", "run.seed"}
+    assert chosen["model.kwargs.mix"].string_value == "sum"
+    assert chosen["model.kwargs.depths"].string_value == "[1, 2]"
+    assert set(chosen) == {"model.name", "model.kwargs.mix", "model.kwargs.depths", "optimizer.lr", "run.seed"}
 
 
 def test_a_run_without_blocks_has_curves_only(tmp_path: Path) -> None:
