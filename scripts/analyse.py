@@ -108,7 +108,7 @@ def compare_layers(runs: Sequence[Opened]) -> tuple[dict[str, Any], Figure]:
         figsize=(1.5 + 0.35 * max(len(names[1]), 8), 1.2 + 0.3 * max(len(names[0]), 6)), layout="constrained"
     )
     axis = figure.subplots()
-    picture = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    picture = axis.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
     axis.set_xticks(range(len(names[1])), names[1], rotation=90)
     axis.set_yticks(range(len(names[0])), names[0])
     axis.set(title=f"Linear CKA, {len(first.ids)} images", xlabel=_short(last.name), ylabel=_short(first.name))
@@ -129,7 +129,7 @@ def measure_fields(runs: Sequence[Opened]) -> tuple[list[dict[str, Any]], Figure
         field = receptive_field(run.model, run.batches).cpu()
         areas = field_areas(field)
         result.append({"run": run.name, "areas": {f"{share:g}": area for share, area in areas.items()}})
-        axis.imshow((field / field.max()).log10().clamp(min=-4), cmap="viridis")
+        axis.imshow((field / field.max()).log10().clamp(min=-4).numpy(), cmap="viridis")
         told = ", ".join(f"{share:.0%} in {area:.0%}" for share, area in areas.items())
         axis.set(title=f"{_short(run.name)}\n{told}", xticks=[], yticks=[])
     return result, figure
