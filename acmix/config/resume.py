@@ -133,6 +133,8 @@ VERDICTS: dict[str, Verdict] = {
     "precision.sync_bn": _FREE,
     "ema.decay": Verdict("free", on="the average starts from the weights as they are", off="the average is dropped"),
     "ema.warmup": _FREE,
+    "paths.every": _FREE,
+    "paths.images": Verdict("free", "shares and entropies are measured on other images from here on"),
     "run.dir": Verdict("place"),
     "run.name": _FREE,
     "run.seed": Verdict("fixed"),

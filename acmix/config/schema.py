@@ -295,6 +295,16 @@ class EmaConfig(_Section):
     """Let the decay grow from 0 during the first updates."""
 
 
+class PathsConfig(_Section):
+    """How the paths of ACmix blocks are measured on images while training; run.probes says whether."""
+
+    every: Positive = 100
+    """Updates from one measurement to the next; the run's start and end are measured too."""
+
+    images: Positive = 16
+    """Validation images, evenly spaced, that are measured each time."""
+
+
 class RunConfig(_Section):
     """Output folder, device, logging, checkpoints."""
 
@@ -313,7 +323,7 @@ class RunConfig(_Section):
     log_every: Positive = 50
     """Updates from one logged line to the next."""
 
-    probes: Names = ("paths",)
+    probes: Names = ("paths", "path_balance", "path_shares")
     """What to measure of the model as it trains; []: nothing."""
 
     checkpoint_every: Count = 0
@@ -358,6 +368,7 @@ class Config(_Section):
     schedule: ScheduleConfig
     precision: PrecisionConfig = PrecisionConfig()
     ema: EmaConfig = EmaConfig()
+    paths: PathsConfig = PathsConfig()
     run: RunConfig = RunConfig()
 
     def dump(self) -> str:

@@ -39,7 +39,8 @@ class Learner:
         mixing: mixup and cutmix, images and targets → mixed images and soft targets; None for none.
 
     Attributes: `model` the bare network (never wrapped, so its state dict has plain names), `ema` timm's average or
-    None, `optimizer`, `scheduler`, `scaler`.
+    None, `optimizer`, `scheduler`, `scaler`, `path_gradients` the gradients of alpha and beta, by name, in the last
+    update if that was measured.
 
     Raises UserError for SyncBN without CUDA, an optimizer or schedule that cannot be built, and gradient checkpointing
     that the model does not support.
@@ -60,6 +61,7 @@ class Learner:
         self.model = _prepare(model, config, dist)
         self.ema = None
         self.ema_updates = 0
+        self.path_gradients: dict[str, Tensor] = {}
         if config.ema.decay is not None:
             self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
         self.optimizer = build_optimizer(self.model, config.optimizer, loader.global_batch)
@@ -133,10 +135,14 @@ class Learner:
         if step <= self._frozen_steps:
             for weight in self._paths:
                 weight.grad = None  # the optimizer passes over it and begins its averages with the first gradient
+        self.path_gradients = {}
         norm = None
         clip, mode = self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
         if clip is not None or measure:
             self.scaler.unscale_(self.optimizer)
+            if measure:
+                weights = path_weights(self.model)
+                self.path_gradients = {name: w.grad.clone() for name, w in weights.items() if w.grad is not None}
             norm = self._clip(clip, mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -17,7 +17,7 @@ from timm.models._features_fx import register_notrace_module
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from acmix.layers import ACmix, ReducedAttention, path_weights
+from acmix.layers import ACmix, PathMix, ReducedAttention, path_weights, tie_path_weights
 from acmix.layers.attention.reduced import filled_to
 from acmix.layers.fixed_size import with_fixed_size
 from acmix.models.checks import check_positive, check_rates
@@ -173,7 +173,7 @@ class ACmixPVT(nn.Module):
         kernel_conv: Kernel of the convolution path.
         conv_shares: What the convolution path gets: `qkv`, q with the reduced k and v brought to its size, or `q`; see
             `acmix.layers.ReducedAttention`.
-        mix: Mode of `acmix.layers.PathMix`.
+        mix: Mode of `acmix.layers.PathMix`, or a mapping of its arguments, such as {per: head}.
         shift: Kind of `acmix.layers.ShiftConv`; its layer over the map index has no bias, so that the path folds.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after positions and blocks and in the perceptrons.
@@ -202,7 +202,7 @@ class ACmixPVT(nn.Module):
         class_token: bool = True,
         kernel_conv: int = 3,
         conv_shares: str = "qkv",
-        mix: str = "learned",
+        mix: str | dict[str, Any] = "learned",
         shift: str = "learned",
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -226,7 +226,7 @@ class ACmixPVT(nn.Module):
                 + ", ".join(str(list(values)) for values in per_stage)
             )
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.has_token = class_token and mix != "convolution"
+        self.has_token = class_token and PathMix.build(mix, 1, 1, 1).has_attention
         if self.has_token and reductions[-1] != 1:
             raise ValueError(
                 f"the last of reductions is {reductions[-1]}, but a class token attends to a map that is not reduced: "
@@ -261,6 +261,7 @@ class ACmixPVT(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(channels, num_classes) if num_classes > 0 else nn.Identity()
         self.init_weights()
+        tie_path_weights(self)
 
     def _checked_pool(self, name: str | None) -> str:
         """The pooling of this name; raises ValueError."""

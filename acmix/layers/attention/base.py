@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix.layers.attention.probabilities import AttentionProbabilities
 from acmix.layers.path import Path
 from acmix.layers.plain import is_plain
 from acmix.ops.implementations import transformed
@@ -47,6 +48,10 @@ class AttentionPath(Path):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention itself, before any projection: maps in, a map out. `reference` is its specification."""
         raise self._missing("attend")
+
+    def attention_probabilities(self, q: Tensor, k: Tensor) -> AttentionProbabilities | None:
+        """Where every query looks, by the reference's arithmetic; None for a path that weighs without a softmax."""
+        return None
 
     def pad(self, x: Tensor) -> Tensor:
         """The block's input as this path needs it: a path that tiles the map pads it with zeros below and right."""

@@ -1,13 +1,11 @@
 """The probe `paths`: the path weights alpha (attention) and beta (convolution) of every ACmix block."""
 
-from collections.abc import Iterator
 from typing import TypedDict
 
 import torch
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from acmix.layers.mix import PathMix
+from acmix.analysis.blocks import path_mixes
 from acmix.telemetry.probes.probe import Probe, register_probe
 
 
@@ -34,20 +32,13 @@ def path_layers(model: nn.Module) -> list[PathRow]:
 
     The model may be wrapped in DistributedDataParallel, a timm EMA or `torch.compile`; the names stay the bare model's.
     """
-    mixes = list(_path_mixes(model))
-    mixes = [(name, mix) for name, mix in mixes if mix.has_attention and mix.has_convolution] or mixes
-    weights = _as_floats([weight for _, mix in mixes for weight in mix.weights()])
+    mixes = list(path_mixes(model))
+    mixes = [row for row in mixes if row[2].has_attention and row[2].has_convolution] or mixes
+    weights = _as_floats([weight for _, _, mix in mixes for weight in mix.weights()])
     return [
         PathRow(layer=name, stage=int(mix.stage), depth=i + 1, alpha=weights[2 * i], beta=weights[2 * i + 1])
-        for i, (name, mix) in enumerate(mixes)
+        for i, (name, _, mix) in enumerate(mixes)
     ]
-
-
-def _path_mixes(model: nn.Module) -> Iterator[tuple[str, PathMix]]:
-    for name, module in unwrap_model(model).named_modules():
-        if isinstance(module, PathMix):
-            block = name.replace("_orig_mod.", "").rpartition(".")[0]  # submodules may be compiled one by one
-            yield block or "block", module
 
 
 def _as_floats(weights: list[Tensor | float]) -> list[float]:
