@@ -200,6 +200,8 @@ class Desk:
             raise UserError(
                 "equal: time needs each arm's images per second, measured here: run the study without --print"
             )
+        if missing_ones:
+            print("Measuring the images per second of each arm, in a short run", flush=True)
         if failures := self._run(probes, 1) if missing_ones else []:
             raise UserError(f"equal: time: cannot measure {failures[0]}")
         return {run.arm: measured_rate(run.folder) for run in probes}
