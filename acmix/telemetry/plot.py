@@ -139,7 +139,7 @@ def draw(runs: Sequence[ProbeHistory], title: str | None = None) -> Figure:
         for i, column in enumerate(plan.columns):
             draw_depth(axes[0, i], column, runs, plan.unit)
             draw_course(axes[1, i], column, runs)
-        _add_legend(figure, axes[0, 0], axes[1, -1])
+        _add_legend(figure, [*axes[0], axes[1, -1]])
     return figure
 
 
@@ -266,7 +266,7 @@ def _mark_shortest(axis: Axes, runs: Sequence[ProbeHistory]) -> None:
         axis.text(end, 0.01, text, transform=axis.get_xaxis_transform(), ha="right", fontsize=8, color=GREY)
 
 
-def _add_legend(figure: Figure, curves: Axes, stages: Axes) -> None:
-    """One legend for the whole picture, below it: the curves keep their panels to themselves."""
-    lines = [*curves.get_legend_handles_labels()[0], *stages.get_legend_handles_labels()[0]]
+def _add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for what the axes label, below the picture: the curves keep their panels to themselves."""
+    lines = [line for axis in axes for line in axis.get_legend_handles_labels()[0]]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(8, len(lines)), handlelength=3)
