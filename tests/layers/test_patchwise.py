@@ -103,3 +103,31 @@ def test_the_layers_keep_pytorchs_names_and_initialisation():
     wanted = [*itertools.chain(*([f"{a}.{b}" for b in parts] for a, parts in layers)), "expand.weight", "expand.bias"]
     assert names == wanted
     assert isinstance(PatchwiseAttention(4, 2, 3).norm1, nn.BatchNorm2d)
+
+
+def test_an_exported_block_takes_maps_of_any_size_down_to_a_pixel():
+    block = ACmix(16, 8, heads=4, attention=PatchwiseAttention(4, 2, 7)).eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        block, (torch.randn(2, 16, 6, 7),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    )
+    for shape in ((2, 16, 6, 7), (3, 16, 2, 5), (1, 16, 12, 9), (2, 16, 1, 1)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(program.module()(x), block(x))
+
+
+@pytest.mark.slow
+def test_compiled_training_on_maps_of_any_size_gives_the_gradients_and_statistics_of_eager_training():
+    eager = ACmix(16, 8, heads=4, attention=PatchwiseAttention(4, 2, 7)).double()
+    blocks = eager, copy.deepcopy(eager)
+    torch.compiler.reset()
+    compiled = torch.compile(blocks[1], backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 16, 6, 7), (3, 16, 4, 5), (2, 16, 12, 9)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+        outs = eager(x), compiled(x)
+        grads = [
+            torch.autograd.grad(out.square().sum(), list(block.parameters()))
+            for out, block in zip(outs, blocks, strict=True)
+        ]
+        torch.testing.assert_close((outs[0], *grads[0]), (outs[1], *grads[1]))
+    torch.testing.assert_close(*(list(block.buffers()) for block in blocks))

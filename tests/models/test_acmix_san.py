@@ -88,6 +88,14 @@ def test_a_fused_network_gives_the_same():
     assert {module.convolution.kind for module in fuse(model).modules() if isinstance(module, ACmix)} == {"full"}
 
 
+def test_a_graph_of_fx_gives_the_same_for_other_sizes():
+    model = timm.create_model("acmix_san10", **SMALL, num_classes=5).eval()
+    graph = torch.fx.symbolic_trace(model)
+    for size in ((32, 32), (12, 20)):
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(graph(x), model(x))
+
+
 def test_a_whole_module_is_saved_and_loaded():
     model = timm.create_model("acmix_san10", **SMALL, num_classes=5).eval()
     file = io.BytesIO()
