@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from acmix.layers import ACmix, PatchwiseAttention, path_weights
+from acmix.layers import ACmix, PatchwiseAttention, path_weights, tie_path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.layout import fast_layout
@@ -107,7 +107,7 @@ class ACmixSAN(nn.Module):
         base_width: Channels of the stem and of the first stage, a multiple of 16; every other width follows.
         kernel_att: Patch of the attention, one number for each stage.
         kernel_conv: Kernel of the convolution path.
-        mix: Mode of `acmix.layers.PathMix`.
+        mix: Mode of `acmix.layers.PathMix`, or a mapping of its arguments, such as {per: head}.
         shift: Kind of `acmix.layers.ShiftConv`.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0. SAN has none.
@@ -131,7 +131,7 @@ class ACmixSAN(nn.Module):
         base_width: int = 64,
         kernel_att: Sequence[int] = (3, 7, 7, 7, 7),
         kernel_conv: int = 3,
-        mix: str = "learned",
+        mix: str | dict[str, Any] = "learned",
         shift: str = "learned",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -171,6 +171,7 @@ class ACmixSAN(nn.Module):
         self.num_features: int = width
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        tie_path_weights(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from acmix.analysis.attention import AttentionSums, attention_sums, distances, entropy_bits
-from acmix.layers import LocalAttention, WindowAttention
+from acmix.layers import LocalAttention, ReducedAttention, WindowAttention
 from acmix.layers.attention import AttentionPath
 
-CASES = [(path, *case) for path in (LocalAttention, WindowAttention) for case in path.parity_cases()]
+CASES = [(path, *case) for path in (LocalAttention, ReducedAttention, WindowAttention) for case in path.parity_cases()]
 
 
 def build(kind: type[AttentionPath], arguments: dict, size: tuple[int, int]) -> tuple[AttentionPath, list[Tensor]]:
@@ -34,6 +34,16 @@ def test_probabilities_and_positions_give_the_references_output(
     rows, columns = (where.queries.long() // stride).unbind(-1)
     torch.testing.assert_close(out, path.reference(q, k, v)[..., rows, columns])
     assert torch.equal(where.weights > 1e-30, where.reachable.expand_as(where.weights))
+
+
+def test_the_pixels_of_a_reduced_map_stand_in_the_middle_of_those_they_stand_for() -> None:
+    path, (q, k, _) = build(ReducedAttention, {"heads": 1, "head_dim": 4, "reduction": 4}, (4, 8))
+    where = path.attention_probabilities(q, k[..., :1, :2])
+    assert where is not None
+    assert where.keys[0].tolist() == [[1.5, 1.5], [1.5, 5.5]]
+    assert where.queries[9].tolist() == [1, 1]
+    tokens = torch.randn(2, 4, 1, 33, dtype=torch.float64)  # a class token and the pixels in a row
+    assert ReducedAttention(1, 4).double().attention_probabilities(tokens, tokens) is None
 
 
 def test_entropy_and_distance_are_what_loops_over_a_window_give() -> None:

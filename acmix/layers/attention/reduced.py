@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix.layers.attention.base import AttentionPath
+from acmix.layers.attention.probabilities import AttentionProbabilities
 from acmix.layers.fixed_size import with_fixed_size
 from acmix.layers.path import ParityCase
 from acmix.ops.derivatives import plain_gradients
@@ -100,10 +101,32 @@ class ReducedAttention(AttentionPath):
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q kᵀ / sqrt(d)) v over all pixels."""
         height, width = q.shape[-2:]
-        q, k, v = (m.flatten(2).unflatten(1, (self.heads, self.head_dim)) for m in (q, k, v))  # (B, N, d, pixels)
-        logits = torch.einsum("bndi,bndj->bnij", q * self.head_dim**-0.5, k)
-        out = torch.einsum("bnij,bndj->bndi", logits.softmax(-1).to(v.dtype), v)
+        v = v.flatten(2).unflatten(1, (self.heads, self.head_dim))
+        out = torch.einsum("bnij,bndj->bndi", self._softmax(q, k).to(v.dtype), v)
         return out.flatten(1, 2).unflatten(2, (height, width))
+
+    def attention_probabilities(self, q: Tensor, k: Tensor) -> AttentionProbabilities | None:
+        """The softmax over the pixels of the reduced map, each placed in the middle of those that it stands for.
+
+        None where tokens stand in a row with the pixels, which then have no place.
+        """
+        if self.takes_tokens and q.shape[-2] == 1 < q.shape[-1]:
+            return None
+        sides = q.shape[-2:]
+        queries, members = (
+            torch.cartesian_prod(
+                *(_centres(side, count, q.device) for side, count in zip(sides, m.shape[-2:], strict=True))
+            )
+            for m in (q, k)
+        )
+        keys = members.expand(len(queries), *members.shape)
+        return AttentionProbabilities(self._softmax(q, k), queries, keys, keys.new_ones(keys.shape[:2]).bool())
+
+    def _softmax(self, q: Tensor, k: Tensor) -> Tensor:
+        """(B, N, pixels of q, pixels of k), in float32 or better."""
+        q, k = (m.flatten(2).unflatten(1, (self.heads, self.head_dim)) for m in (q, k))  # (B, N, d, pixels)
+        logits = torch.einsum("bndi,bndj->bnij", q * self.head_dim**-0.5, k)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
 
     def multiply_adds(self, shape: Sequence[int]) -> int:
         """Every pixel attends to every pixel of the reduced map, and is projected.
@@ -121,6 +144,11 @@ class ReducedAttention(AttentionPath):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, reduction={self.reduction}"
+
+
+def _centres(side: int, count: int, device: torch.device) -> Tensor:
+    """The middles of `count` equal parts of a side of so many pixels, whose own middles are whole numbers."""
+    return (torch.arange(count, device=device) + 0.5) * (side / count) - 0.5
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
