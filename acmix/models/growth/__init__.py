@@ -103,11 +103,11 @@ def _plan(
             offered |= {f"{name}.{key}": value for key, value in grown.values.items()}
             growth.new += [f"{name}.{key}" for key in grown.new]
             growth.layers.append(Layer(name, share == 0 or not grown.new, grown.text))
-    for name in [key for key in needed if key.endswith("num_batches_tracked") and key not in offered]:
-        offered[name] = own[name]
-    left = {key for key in growth.new if not key.startswith(tuple(f"{name}." for name in blocks))}
-    refuse_misfit(network, offered, {key: shape for key, shape in needed.items() if key not in left})
-    growth.copied = sum(key in own and not key.startswith(tuple(f"{name}." for name in blocks)) for key in offered)
+    inside_blocks = tuple(f"{name}." for name in blocks)
+    absent = {key for key in growth.new if not key.startswith(inside_blocks)}  # a classifier that is drawn anew
+    absent |= {key for key in needed if key.endswith("num_batches_tracked") and key not in offered}
+    refuse_misfit(network, offered, {key: shape for key, shape in needed.items() if key not in absent})
+    growth.copied = sum(key in own and not key.startswith(inside_blocks) for key in offered)
     return {key: value for key, value in offered.items() if key in own}
 
 

@@ -98,7 +98,7 @@ def factorise(conv_weight: Tensor, moments: Tensor, scale: Tensor, heads: int, m
     size = energies.sqrt().clamp_min(1e-6 * math.sqrt(float(total) / len(matrix)) + 1e-30)
     kernels = (directions * size[:, None]).unflatten(1, (heads, taps)) / scale.view(-1, heads, 1, 1)
     # the maps then have second moment 1, which suits q and k of the attention to come
-    return Factors(kernels, directions.mT @ matrix / size[:, :, None], float(energies.sum() / total))
+    return Factors(kernels, directions.mT @ matrix / size[:, :, None], min(1.0, float(energies.sum() / total)))
 
 
 def write(block: ACmix, factors: Factors) -> None:

@@ -67,10 +67,11 @@ def mix_values(name: str, block: ACmix, alpha: float, beta: float) -> dict[str, 
     Raises UserError where the mode of the mix has no such pair.
     """
     mix = block.mix
+    exact = {"mix.alpha": torch.tensor(alpha, dtype=torch.float64), "mix.beta": torch.tensor(beta, dtype=torch.float64)}
     if mix.mode == "learned":
-        return {"mix.alpha": torch.tensor(alpha), "mix.beta": torch.tensor(beta)}
+        return exact
     if mix.mode == "convex" and abs(alpha + beta - 1) < 1e-6:
-        return {"mix.alpha": torch.tensor(alpha)}
+        return {"mix.alpha": exact["mix.alpha"]}
     fixed = mix.weights() if mix.mode != "convex" else None
     if fixed != (alpha, beta):
         raise UserError(
