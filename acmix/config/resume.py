@@ -112,6 +112,7 @@ VERDICTS: dict[str, Verdict] = {
     "optimizer.eps": _STATE,
     "optimizer.layer_decay": Verdict("no switch"),
     "optimizer.path_lr_factor": _FREE,
+    "optimizer.new_lr_factor": Verdict("no switch"),
     "optimizer.clip_grad": _FREE,
     "optimizer.clip_mode": _FREE,
     "optimizer.accumulate": _DATA,

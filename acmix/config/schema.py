@@ -219,6 +219,9 @@ class OptimizerConfig(_Section):
     path_lr_factor: NonNegative = 1.0
     """Learning-rate factor of the path weights alpha and beta."""
 
+    new_lr_factor: NonNegative | None = None
+    """Learning-rate factor of what scripts/grow.py says is new in model.checkpoint; null: no groups of their own."""
+
     clip_grad: AboveZero | None = None
     """Limit of gradient clipping; null: no clipping."""
 

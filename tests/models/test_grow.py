@@ -213,14 +213,12 @@ def test_a_plain_resnet_grown_with_images_stays_close_to_its_logits(plain: nn.Mo
         apart[shift] = distance(plain, network)
         assert not growth.exact
         assert len(growth.layers) == 8
-        print([(l.energy, l.fit) for l in growth.layers])
         assert all(0.5 < layer.energy <= 1 and 0.5 < layer.fit <= 1 for layer in growth.layers)  # type: ignore[operator]
         assert all(
             weight.item() == (0 if name.endswith("alpha") else 1) for name, weight in path_weights(network).items()
         )
     blind = models.create_model("acmix_resnet26", **NARROW)
     models.grow(blind, plain.state_dict())
-    print(apart, distance(plain, blind))
     assert apart["full"] < apart["learned"] < 0.5 * distance(plain, blind)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ def grow(
     calibration: Iterable[Tensor] | None = None,
     share: float = 0.0,
     regroup: bool = False,
+    on_layer: Callable[[Layer], None] = lambda layer: None,
 ) -> Growth:
     """Fill an ACmix network with the weights of a plain one, strictly; returns what became of each tensor.
 
@@ -45,6 +46,7 @@ def grow(
         share: First weight of the new path; the weight of the one that is there is multiplied by 1 - share.
         regroup: For a residual network: change the order of a convolution's output channels, so that those that share
             directions share a group; the norm and the convolution after it follow.
+        on_layer: Called with each approximated block when it is made, which takes its time with a calibration.
 
     Raises:
         UserError: listing every missing and unexpected name and every shape that differs, with the likely reason,
@@ -69,6 +71,7 @@ def grow(
         try:
             for layer in grow_bottlenecks(network, given, calibration, Options(share, regroup)):
                 growth.layers.append(layer)
+                on_layer(layer)
         finally:
             network.train(training)
     names = list(own)
