@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from acmix import models
+from acmix.config import load_config
+from acmix.data.loader import build_data
 from acmix.errors import UserError
 from acmix.layers import ACmix, path_weights
 
+ROOT = Path(__file__).resolve().parents[2]
 NANO = {"embed_dim": 8, "depths": (2, 1), "window_size": 3, "num_classes": 5}
 NARROW = {"num_classes": 5, "stem": "cifar", "base_width": 8}
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -256,3 +260,39 @@ def test_regrouping_keeps_more_energy(plain: nn.Module) -> None:
         growth = models.grow(network, plain.state_dict(), regroup=regroup)
         kept.append(sum(layer.energy or 0 for layer in growth.layers))
     assert kept[1] > kept[0]
+
+
+@pytest.mark.slow
+def test_on_the_digits_a_grown_network_is_far_ahead_of_a_random_start() -> None:
+    """Before any training, and after one epoch of it, by a margin that a seed does not change."""
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["data.num_workers=0"])
+    data = build_data(config)
+
+    def train(network: nn.Module, epochs: int, lr: float) -> None:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
+        for epoch in range(epochs):
+            for [batch] in data.train.epoch(epoch):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(network.train()(batch.images), batch.targets).backward()
+                optimizer.step()
+
+    def top1(network: nn.Module) -> float:
+        hits, count = 0, 0
+        for batch in data.val:
+            with torch.no_grad():
+                hits += int((network.eval()(batch.images).argmax(1) == batch.targets).sum())
+            count += len(batch.targets)
+        return 100 * hits / count
+
+    torch.manual_seed(0)
+    shape = {"stem": "cifar", "base_width": 8}
+    plain, fresh, grown = (
+        models.create_model("acmix_resnet26", 10, **shape, **more) for more in ({"block": "plain"}, {}, {})
+    )
+    train(plain, 4, 4e-3)
+    models.grow(grown, plain.state_dict(), calibration=[batch.images for [batch] in data.train.epoch(0)][:4])
+    assert top1(plain) > 85
+    assert top1(grown) > top1(plain) - 5
+    train(grown, 1, 4e-4)
+    train(fresh, 1, 4e-3)
+    assert top1(grown) > top1(fresh) + 20

@@ -7,21 +7,23 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from acmix import models
 from acmix.checkpoint.grown import new_parameters
+from acmix.errors import UserError
 from scripts import grow
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 model: {name: acmix_resnet26, kwargs: {stem: cifar, base_width: 8, layers: [1, 1, 1, 1]}}
-data: {dataset: digits, image_size: 16, batch_size: 32, val_batch_size: 360, num_workers: 0}
+data: {dataset: digits, image_size: 16, batch_size: 16, val_batch_size: 360, num_workers: 0}
 augment: {crop: none, hflip: 0.0}
 optimizer: {name: adamw, lr: 2e-3}
-schedule: {epochs: 1, steps: 4}
+schedule: {epochs: 1, steps: 2}
 run: {dir: run, log_every: 1, threads: 1, device: cpu}
 """
 Program = Callable[..., tuple[int, str, str]]
@@ -54,10 +56,10 @@ def train(folder: Path) -> Callable[..., int]:
 def test_a_plain_run_grows_into_a_file_that_starts_a_run_and_resumes_exactly(
     program: Program, train: Callable[..., int]
 ) -> None:
-    assert train("model.kwargs.block=plain", "run.dir=plain", "schedule.steps=2") == 0
+    assert train("model.kwargs.block=plain", "run.dir=plain", "schedule.steps=1") == 0
     status, output, errors = program(
         *("--from", "plain", "--model", "acmix_resnet26", "--out", "grown.safetensors"),
-        *("--calibrate", "tiny.yaml", "--images", "32"),
+        *("--calibrate", "tiny.yaml", "--images", "24"),
     )
     assert status == 0, errors
     assert output.count("approximated") == 4
@@ -67,8 +69,8 @@ def test_a_plain_run_grows_into_a_file_that_starts_a_run_and_resumes_exactly(
     assert {"layer1.0.acmix.mix.alpha", "layer4.0.acmix.attention.position_weight"} <= set(new)
 
     start = ["model.checkpoint=grown.safetensors", "optimizer.new_lr_factor=10"]
-    assert train(*start, "run.dir=whole", "run.checkpoint_every=2", "run.keep=9") == 0
-    assert train(*start, "run.dir=parts", "schedule.steps=2") == 0
+    assert train(*start, "run.dir=whole") == 0
+    assert train(*start, "run.dir=parts", "schedule.steps=1") == 0
     Path("grown.safetensors").unlink()
     assert train(*start, "run.dir=parts", "--resume", "auto") == 0
     whole, parts = (load_file(f"{run}/checkpoints/last/model.safetensors") for run in ("whole", "parts"))
@@ -124,3 +126,12 @@ def test_timms_weights_without_a_connection_are_a_clear_message(
     assert "--from timm:resnet50.a1_in1k" in errors
     assert "--from FILE" in errors
     assert "Traceback" not in errors
+
+
+def test_timms_resnet_is_ours_and_one_that_computes_something_else_is_refused() -> None:
+    shape = {"layers": (1, 1, 1, 1)}
+    same = timm.create_model("resnet26", **shape)
+    grow._prove_same(same, same.state_dict(), "acmix_resnet26", shape)
+    other = timm.create_model("resnet26", act_layer="gelu", **shape)
+    with pytest.raises(UserError, match="computes something else"):
+        grow._prove_same(other, other.state_dict(), "acmix_resnet26", shape)
