@@ -87,6 +87,7 @@ def _plan(
     blocks = {name: module for name, module in network.named_modules() if isinstance(module, ACmix)}
     if not blocks:
         raise UserError(f"{type(network).__name__} has no ACmix block to grow a path in; choose one of acmix_*")
+    mix_of_stage: dict[int, dict[str, Tensor]] = {}
     offered, needed = dict(given), {name: tuple(value.shape) for name, value in own.items()}
     for name, block in blocks.items():
         inside = {key: needed.pop(key) for key in own if key.startswith(f"{name}.")}
@@ -101,7 +102,10 @@ def _plan(
             continue
         needed |= inside
         theirs = {key[len(name) + 1 :]: offered.pop(key) for key in given if key.startswith(f"{name}.")}
+        if mix := {key: value for key, value in theirs.items() if key.startswith("mix.")}:
+            mix_of_stage[block.mix.stage] = mix
         if theirs:
+            theirs |= mix_of_stage.get(block.mix.stage, {})  # the blocks of a stage may share their weights
             grown = grow_block(name, block, theirs, share)
             offered |= {f"{name}.{key}": value for key, value in grown.values.items()}
             growth.new += [f"{name}.{key}" for key in grown.new]

@@ -38,63 +38,73 @@ def grow_block(name: str, block: ACmix, given: Mapping[str, Tensor], share: floa
     """
     alpha, beta = _weights(block, given)
     grown = GrownBlock({key: value for key, value in given.items() if not key.startswith(("mix.", "convolution."))})
-    text = f"alpha {alpha:.4g}, beta {beta:.4g}"
-    if block.attention is not None and alpha == 0 and not _has(given, "attention"):
-        grown.new += [f"attention.{key}" for key, _ in block.attention.named_parameters()]
-        grown.values |= {f"attention.{key}": value for key, value in block.attention.state_dict().items()}
-        alpha, beta, text = share, (1 - share) * beta, "attention is new"
+    added = []
+    if block.attention is not None and not _has_attention(block, given):
+        added, alpha, beta = ["attention"], alpha + share, (1 - share) * beta
     if block.convolution is not None and not _has(given, "convolution"):
-        grown.new += [f"convolution.{key}" for key, _ in block.convolution.named_parameters()]
-        grown.values |= {f"convolution.{key}": value for key, value in block.convolution.state_dict().items()}
-        alpha, beta, text = (1 - share) * alpha, share, "convolution is new"
+        added, alpha, beta = ["convolution"], (1 - share) * alpha, beta + share
     elif block.convolution is not None:
         grown.values |= {f"convolution.{k}": v for k, v in _convolution(name, block.convolution, given).items()}
     else:
         grown.values |= {key: value for key, value in given.items() if key.startswith("convolution.")}
+    for path in added:
+        module = block.get_submodule(path)
+        grown.new += [f"{path}.{key}" for key, _ in module.named_parameters()]
+        grown.values |= {f"{path}.{key}": value for key, value in module.state_dict().items()}
     weights = mix_values(name, block, alpha, beta)
-    if not all(key in given for key in weights):
-        grown.new += list(weights)
+    grown.new += [key for key in weights if added or key not in given]
     grown.values |= weights
-    if "new" in text:
-        text += f", alpha {alpha:.4g}, beta {beta:.4g}"
-    grown.text = text
+    grown.text = "".join(f"{path} is new, " for path in added) + f"alpha {_shown(alpha)}, beta {_shown(beta)}"
     return grown
 
 
-def mix_values(name: str, block: ACmix, alpha: float, beta: float) -> dict[str, Tensor]:
-    """The values of a block's learned path weights that make them alpha and beta.
+def mix_values(name: str, block: ACmix, alpha: Tensor | float, beta: Tensor | float) -> dict[str, Tensor]:
+    """The values of a block's own path weights that make them alpha and beta, numbers or a value for each weight.
 
     Raises UserError where the mode of the mix has no such pair.
     """
-    mix = block.mix
-    exact = {"mix.alpha": torch.tensor(alpha, dtype=torch.float64), "mix.beta": torch.tensor(beta, dtype=torch.float64)}
-    if mix.mode == "learned":
-        return exact
-    if mix.mode == "convex" and abs(alpha + beta - 1) < 1e-6:
-        return {"mix.alpha": exact["mix.alpha"]}
-    fixed = mix.weights() if mix.mode != "convex" else None
-    if fixed != (alpha, beta):
-        raise UserError(
-            f"{name}: mix {mix.mode} cannot hold the path weights alpha {alpha:.4g} and beta {beta:.4g}; grow into "
-            "mix=learned"
+    mix, alpha, beta = block.mix, _exact(alpha), _exact(beta)
+    fits = mix.mode == "learned" or (mix.mode == "convex" and bool(((alpha + beta - 1).abs() < 1e-6).all()))
+    own = dict(mix.named_parameters(recurse=False))
+    values = {"alpha": alpha, "beta": beta}
+    if not fits and mix.mode != "convex":
+        fits = all(
+            bool((_exact(held) == value).all()) for held, value in zip(mix.weights(), (alpha, beta), strict=True)
         )
-    return {}
+    if not fits or any(values[key].numel() not in (1, weight.numel()) for key, weight in own.items()):
+        raise UserError(
+            f"{name}: mix {mix.mode} cannot hold the path weights alpha {_shown(alpha)} and beta {_shown(beta)}; grow "
+            "into mix=learned"
+        )
+    return {f"mix.{key}": values[key].expand(weight.shape) for key, weight in own.items()}
+
+
+def _exact(weight: Tensor | float) -> Tensor:
+    return torch.as_tensor(weight, dtype=torch.float64).detach().cpu()
+
+
+def _shown(weight: Tensor | float) -> str:
+    return f"{float(_exact(weight).mean()):.4g}"
 
 
 def _has(given: Mapping[str, Tensor], path: str) -> bool:
     return any(key.startswith(f"{path}.") for key in given)
 
 
-def _weights(block: ACmix, given: Mapping[str, Tensor]) -> tuple[float, float]:
-    """The effective (alpha, beta) of the source's block."""
-    if "mix.beta" in given:
-        return float(given["mix.alpha"]), float(given["mix.beta"])
-    if "mix.alpha" in given:
-        return float(given["mix.alpha"]), 1 - float(given["mix.alpha"])
-    convolution = _has(given, "convolution")
+def _has_attention(block: ACmix, given: Mapping[str, Tensor]) -> bool:
+    """Whether the source's block has the attention path; one without parameters is there unless only the other is."""
+    if _has(given, "attention"):
+        return True
     without_parameters = block.attention is not None and not block.attention.state_dict()
-    attention = _has(given, "attention") or (without_parameters and not convolution)
-    return float(attention), float(convolution)
+    return without_parameters and (_has(given, "mix") or not _has(given, "convolution"))
+
+
+def _weights(block: ACmix, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The effective (alpha, beta) of the source's block; two paths without weights are a sum."""
+    if "mix.alpha" in given:
+        alpha = _exact(given["mix.alpha"])
+        return alpha, _exact(given["mix.beta"]) if "mix.beta" in given else 1 - alpha
+    return _exact(float(_has_attention(block, given))), _exact(float(_has(given, "convolution")))
 
 
 def _convolution(name: str, path: ShiftConv, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
