@@ -33,7 +33,7 @@ from acmix.config import Config, data_config, load_config
 from acmix.data.loader import Data, build_data
 from acmix.engine.evaluate import evaluate
 from acmix.engine.forward import network_inputs
-from acmix.engine.run_folder import CONFIG
+from acmix.engine.run_folder import CONFIG, trained_classes
 from acmix.errors import UserError, one_line
 from acmix.layers import ACmix
 from acmix.paths import expand_path, missing_path_hint
@@ -47,10 +47,11 @@ PLAIN: dict[str, tuple[object, ...]] = {
 
 
 class Source(NamedTuple):
-    """What a network is grown from: its weights, the config of its run, timm's network; None where there is none."""
+    """What a network is grown from: weights, and where there are, the config and classes of their run, timm's network."""
 
     weights: dict[str, Tensor]
     config: Config | None = None
+    classes: list[str] | None = None
     network: nn.Module | None = None
 
 
@@ -86,7 +87,7 @@ def grow_from(options: argparse.Namespace) -> int:
     config = None if options.calibrate is None else load_config(options.calibrate, of_data)
     source = _read(options.source)
     with Distributed.start((config or asked).run) as dist:
-        data = None if config is None else build_data(_lightly_augmented(config))
+        data = None if config is None else build_data(_lightly_augmented(config), classes=source.classes)
         classes = asked.model.num_classes or (data.num_classes if data else _classes(options.model, source.weights))
         kwargs, size = _arguments(options.model, config, source.config) | asked.model.kwargs, _size(config, source)
         network = models.create_model(options.model, classes, image_size=size, **kwargs).to(dist.device)
@@ -132,7 +133,8 @@ def _read(text: str) -> Source:
         raise UserError(f"--from {path}: no such run, checkpoint or weights file{missing_path_hint(path)}")
     folders = (path, *path.resolve().parents[:3])
     config = next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
-    return Source(pick_weights(path).weights, None if config is None else load_config(config))
+    weights, classes = pick_weights(path)
+    return Source(weights, None if config is None else load_config(config), classes or trained_classes(path))
 
 
 def _timm(name: str) -> nn.Module:

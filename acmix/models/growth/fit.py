@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from acmix.errors import UserError
 
 _BUFFERS = re.compile(r"(^|\.)(relative_position_index|attn_mask)$")
+_FIRST_BLOCK = re.compile(r"layer1\.(blocks\.)?0\.|(layers|stages)\.0\.blocks\.0\.")
 _RENAMED = (
     (re.compile(r"\.attn\.qkv\."), ".acmix.qkv."),
     (re.compile(r"\.attn\.(proj\.|relative_position_bias_table$)"), r".acmix.attention.\1"),
@@ -58,13 +59,15 @@ def refuse_misfit(network: nn.Module, given: Mapping[str, Tensor], needed: Mappi
 
 
 def _reason(given: Mapping[str, Tensor], needed: Mapping[str, tuple[int, ...]]) -> str:
-    theirs, ours = _depths(given), _depths(needed)
-    if theirs != ours and theirs and ours:
-        key = "depths" if any(name.startswith("layers.") for name in needed) else "layers"
-        return f"other depths, {theirs} blocks in its stages where the network has {ours}; set model.kwargs.{key}"
     stem = [name for name in needed if name.startswith(("conv1.", "bn1.", "patch_embed.", "stem"))]
     if any(name not in given or tuple(given[name].shape) != needed[name] for name in stem):
         return "another stem"
+    theirs, ours = _depths(given), _depths(needed)
+    if theirs and any(name not in given for name in needed if _FIRST_BLOCK.match(name)):
+        return "blocks of another kind"
+    if theirs != ours and theirs and ours:
+        key = "depths" if any(name.startswith(("layers.", "stages.")) for name in needed) else "layers"
+        return f"other depths, {theirs} blocks in its stages where the network has {ours}; set model.kwargs.{key}"
     if any(name in given and tuple(given[name].shape) != shape for name, shape in needed.items()):
         return "other widths, heads or windows"
     return "another architecture"
@@ -74,7 +77,7 @@ def _depths(names: Mapping[str, object]) -> list[int]:
     """Number of blocks in each stage, as the names tell; empty where they follow no pattern of ours."""
     blocks: dict[str, set[str]] = {}
     for name in names:
-        if match := re.match(r"layer(\d+)\.(\d+)\.|layers\.(\d+)\.blocks\.(\d+)\.", name):
+        if match := re.match(r"layer(\d+)\.(?:blocks\.)?(\d+)\.|(?:layers|stages)\.(\d+)\.blocks\.(\d+)\.", name):
             stage, block = match.group(1, 2) if match[1] else match.group(3, 4)
             blocks.setdefault(stage, set()).add(block)
     return [len(blocks[stage]) for stage in sorted(blocks, key=int)]
