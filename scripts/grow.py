@@ -47,7 +47,7 @@ PLAIN: dict[str, tuple[object, ...]] = {
 
 
 class Source(NamedTuple):
-    """What a network is grown from: weights, and where there are, the config and classes of their run, timm's network."""
+    """What to grow from: weights, and where there are, the config and classes of their run, the network of timm."""
 
     weights: dict[str, Tensor]
     config: Config | None = None
