@@ -82,7 +82,7 @@ def train(config: "Config", choice: "RunChoice", signals: StopSignals, *, dry_ru
         config = session.settle(data.loader)
         model = dist.all_or_none(build_model)
         mixing = build_mixup(config, data.num_classes)
-        learner = dist.all_or_none(lambda: Learner(config, model, dist, data.train, mixing=mixing))
+        learner = dist.all_or_none(lambda: Learner(config, model, dist, data.train, mixing=mixing, new=session.new))
         trainer = dist.all_or_none(lambda: Trainer(config, learner, data, session, signals))
         if dry_run:
             lines = plan(config, learner, data)

@@ -114,6 +114,7 @@ VERDICTS: dict[str, Verdict] = {
     "optimizer.path_lr_factor": _FREE,
     "optimizer.path_weight_decay": _FREE,
     "optimizer.path_freeze_epochs": _FREE,
+    "optimizer.new_lr_factor": Verdict("no switch"),
     "optimizer.clip_grad": _FREE,
     "optimizer.clip_mode": _FREE,
     "optimizer.accumulate": _DATA,

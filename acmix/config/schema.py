@@ -225,6 +225,9 @@ class OptimizerConfig(_Section):
     path_freeze_epochs: NonNegative = 0.0
     """Epochs at the beginning in which the path weights stay as they start."""
 
+    new_lr_factor: NonNegative | None = None
+    """Learning-rate factor of what scripts/grow.py says is new in model.checkpoint; null: no groups of their own."""
+
     clip_grad: AboveZero | None = None
     """Limit of gradient clipping; null: no clipping."""
 

@@ -37,6 +37,7 @@ class Learner:
         dist: this process among the others.
         loader: the training loader, for the images per step and the steps per epoch.
         mixing: mixup and cutmix, images and targets → mixed images and soft targets; None for none.
+        new: names of the parameters that `optimizer.new_lr_factor` is for.
 
     Attributes: `model` the bare network (never wrapped, so its state dict has plain names), `ema` timm's average or
     None, `optimizer`, `scheduler`, `scaler`, `path_gradients` the gradients of alpha and beta, by name, in the last
@@ -54,8 +55,10 @@ class Learner:
         loader: "TrainLoader",
         *,
         mixing: Mixing | None = None,
+        new: Sequence[str] = (),
     ) -> None:
         self.config = config
+        self.new = new
         self.dist = dist
         self.mixing = mixing
         self.model = _prepare(model, config, dist)
@@ -64,7 +67,7 @@ class Learner:
         self.path_gradients: dict[str, Tensor] = {}
         if config.ema.decay is not None:
             self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
-        self.optimizer = build_optimizer(self.model, config.optimizer, loader.global_batch)
+        self.optimizer = build_optimizer(self.model, config.optimizer, loader.global_batch, new)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, loader.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=config.precision.amp == "fp16")
         self._paths = list(path_weights(self.model).values())
@@ -179,7 +182,7 @@ class Learner:
             self.model.load_state_dict(model)
             if self.ema is not None:
                 self.ema.module.load_state_dict(model if ema is None else ema)
-            groups = parameter_groups(self.model, self.config.optimizer)
+            groups = parameter_groups(self.model, self.config.optimizer, self.new)
             load_optimizer(self.optimizer, self.config.optimizer, training["optimizer"], groups)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"the checkpoint does not fit this model or optimizer: {error}") from None

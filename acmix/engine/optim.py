@@ -32,11 +32,14 @@ def peak_lr(config: OptimizerConfig, global_batch: int) -> float:
     return config.lr if config.lr_batch is None else config.lr * global_batch / config.lr_batch
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: OptimizerConfig, new: Collection[str] = ()) -> list[dict[str, Any]]:
     """timm's groups (no decay for norms and biases, layer decay), with the path weights in groups of their own.
 
     Path weights have a decay of their own, `optimizer.path_weight_decay`; their `lr_scale` carries
-    `optimizer.path_lr_factor`.
+    `optimizer.path_lr_factor`. With `optimizer.new_lr_factor` the parameters named in `new` are in groups of their own
+    too, whose `lr_scale` carries it.
+
+    Raises UserError where that factor is set and none of the parameters is new.
     """
     spared = set(getattr(model, "no_weight_decay", set)())
     if config.layer_decay is not None:
@@ -54,11 +57,37 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         if chosen:
             lr_scale = group.get("lr_scale", 1.0) * config.path_lr_factor
             paths.append({**group, "params": chosen, "weight_decay": config.path_weight_decay, "lr_scale": lr_scale})
-    return rest + paths
+    return _with_new_apart(rest + paths, model, config.new_lr_factor, new)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int) -> torch.optim.Optimizer:
-    """The timm optimizer of the config.
+def _with_new_apart(
+    groups: list[dict[str, Any]], model: nn.Module, factor: float | None, new: Collection[str]
+) -> list[dict[str, Any]]:
+    """The groups with what is new in groups of their own, after the others."""
+    if factor is None:
+        return groups
+    young = {id(parameter) for name, parameter in model.named_parameters() if name in new}
+    if not young:
+        raise UserError(
+            "optimizer.new_lr_factor: nothing in this network is known to be new; give a file of scripts/grow.py as "
+            "model.checkpoint, or leave the factor out"
+        )
+    rest: list[dict[str, Any]] = []
+    apart: list[dict[str, Any]] = []
+    for group in groups:
+        others = [parameter for parameter in group["params"] if id(parameter) not in young]
+        chosen = [parameter for parameter in group["params"] if id(parameter) in young]
+        if others:
+            rest.append({**group, "params": others})
+        if chosen:
+            apart.append({**group, "params": chosen, "lr_scale": group.get("lr_scale", 1.0) * factor})
+    return rest + apart
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, global_batch: int, new: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """The timm optimizer of the config; `new` as for `parameter_groups`.
 
     Raises UserError for a name timm does not know (with the nearest one), for `betas`, `eps` or `kwargs` that the
     optimizer does not take, and for values that it refuses.
@@ -68,7 +97,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, global_batch: int
         raise UserError(f"optimizer.name: timm has no optimizer {config.name!r}; did you mean {nearest}?")
     try:
         arguments = _arguments(config, peak_lr(config, global_batch))
-        optimizer = create_optimizer_v2(model, param_group_fn=lambda net: parameter_groups(net, config), **arguments)
+        optimizer = create_optimizer_v2(
+            model, param_group_fn=lambda net: parameter_groups(net, config, new), **arguments
+        )
         if config.kwargs:  # some that do not fit fail at the first step only
             _state_after_step(torch.ones(2, 2, device=next(model.parameters()).device), arguments)
     except (ArithmeticError, AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:

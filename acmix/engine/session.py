@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from acmix.checkpoint.atomic import write_atomically
+from acmix.checkpoint.grown import PROGRESS, new_parameters
 from acmix.checkpoint.read import SoundCheckpoint, load_checkpoint, read_checkpoint
 from acmix.checkpoint.snapshot import Snapshot
 from acmix.checkpoint.store import CheckpointStore
@@ -35,6 +36,7 @@ class Session:
         self.dist = dist
         self.folder: Path | None = None
         self.changes: Changes = {}
+        self.new: list[str] = []
         self._log: RunLog | None = None
         self._store: CheckpointStore | None = None
         self._held = ExitStack()
@@ -55,15 +57,19 @@ class Session:
     def load(self) -> Snapshot | None:
         """Lock the run to continue and read its checkpoint, once per rank; None for a run that begins.
 
-        `changes` then holds what the config changes, and `config` the loader of that run where its own is auto.
+        `changes` then holds what the config changes, and `config` the loader of that run where its own is auto; `new`
+        holds the names of the parameters that were new when the run began from a grown network.
         Raises UserError when another process runs in the folder, the checkpoint asked for cannot be read, or the config
         changes what must stay.
         """
         found = self.dist.on_main(self._find_checkpoint)
         folder = self.dist.from_main(None if found is None else str(found.folder))
         if folder is None:
+            start = self.config.model.checkpoint
+            self.new = [] if start is None else new_parameters(start)
             return None
         snapshot = self.dist.all_or_none(lambda: load_checkpoint(Path(folder)) if found is None else found.snapshot())
+        self.new = snapshot.progress.get(PROGRESS, [])
         saved = snapshot.progress.get("config")
         self.config = settled(self.config, saved)
         self.changes = changed_keys(saved, self.config)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acmix.checkpoint.grown import PROGRESS
 from acmix.checkpoint.snapshot import Snapshot
 from acmix.config import Config
 from acmix.config.resume import describe_changes, explain_misfit
@@ -272,7 +273,11 @@ class Trainer:
             model=learner.model.state_dict(),
             ema=None if learner.ema is None else learner.ema.module.state_dict(),
             training=learner.training_state(),
-            progress={**asdict(self.progress), **run_fingerprint(self.config, self.data, self.dist.world_size)},
+            progress={
+                **asdict(self.progress),
+                **run_fingerprint(self.config, self.data, self.dist.world_size),
+                **({PROGRESS: learner.new} if learner.new else {}),
+            },
         )
 
     def _save_where_stopped(self) -> None:

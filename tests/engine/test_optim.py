@@ -168,3 +168,26 @@ def test_schedule_kwargs_that_do_not_fit_are_refused_by_key(kwargs: dict, messag
     with pytest.raises(UserError) as caught:
         build_scheduler(optimizer, ScheduleConfig(epochs=4, warmup_epochs=1.0, kwargs=kwargs), updates_per_epoch=5)
     assert str(caught.value).startswith(f"schedule.kwargs{message}")
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.8])
+def test_new_parameters_have_a_rate_of_their_own(network: nn.Module, layer_decay: float | None) -> None:
+    new = ["layer1.0.acmix.mix.alpha", "layer1.0.acmix.attention.position_weight", "fc.bias"]
+    before = group_of(network, OptimizerConfig(layer_decay=layer_decay))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    config = OptimizerConfig(layer_decay=layer_decay, new_lr_factor=10.0)
+    groups = parameter_groups(network, config, new)
+    listed = [names[id(parameter)] for group in groups for parameter in group["params"]]
+    assert sorted(listed) == sorted(names.values())
+    for group in groups:
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            old = before[name]
+            assert group["weight_decay"] == old["weight_decay"]
+            assert group.get("lr_scale", 1.0) == pytest.approx(
+                old.get("lr_scale", 1.0) * (10.0 if name in new else 1.0)
+            )
+
+
+def test_a_rate_for_new_parameters_is_refused_where_none_is_new(network: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"optimizer\.new_lr_factor.*scripts/grow\.py"):
+        parameter_groups(network, OptimizerConfig(new_lr_factor=10.0), ["no.such.parameter"])

@@ -1,0 +1,153 @@
+"""Start from what is trained: the weights of a plain network in an ACmix network, whose new path has no weight yet."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from acmix.errors import UserError
+from acmix.layers import ACmix
+from acmix.models.acmix_resnet import ACmixResNet
+from acmix.models.growth.fit import classifier_names, our_names, refuse_misfit
+from acmix.models.growth.kernels import refuse_unfit
+from acmix.models.growth.paths import grow_block, mix_values
+from acmix.models.growth.report import Growth, Layer
+from acmix.models.growth.residual import CONVOLUTION, Options, approximated, first_weights, grow_bottlenecks
+
+_POSITIONS = ("relative_position_bias_table", "pos_embed")
+
+
+@torch.no_grad()
+def grow(
+    network: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    calibration: Iterable[Tensor] | None = None,
+    share: float = 0.0,
+    regroup: bool = False,
+    on_layer: Callable[[Layer], None] = lambda layer: None,
+) -> Growth:
+    """Fill an ACmix network with the weights of a plain one, strictly; returns what became of each tensor.
+
+    Where the source has one path of a block, attention or convolution, the network then gives the source's logits: the
+    other path keeps the parameters that it has, with a weight of 0, which has a gradient from the first step. Its own
+    parameters have none until that weight has moved. A 3×3 convolution of a residual network is approximated by a
+    convolution path, with the attention at a weight of 0.
+
+    Args:
+        network: A network of ours; its parameters and buffers are overwritten in place, in their dtype.
+        state_dict: Weights of a plain network: ours with `mix: attention` or `convolution`, or with `block: plain`, or
+            timm's Swin or ResNet of the same layers. A classifier for another number of classes is not taken.
+        calibration: For a residual network: a few hundred training images, in batches (B, 3, H, W) as the network sees
+            them. The kernels are then fitted, block by block, to what the source's layers give on them, and the
+            statistics of the norms follow. None: without images, weighed by what the batch norms say of the inputs.
+        share: First weight of the new path; the weight of the one that is there is multiplied by 1 - share.
+        regroup: For a residual network: change the order of a convolution's output channels, so that those that share
+            directions share a group; the norm and the convolution after it follow.
+        on_layer: Called with each approximated block when it is made, which takes its time with a calibration.
+
+    Raises:
+        UserError: listing every missing and unexpected name and every shape that differs, with the likely reason,
+            before anything is changed; for a share that is not from 0 to less than 1; for a block that cannot hold
+            what the source has.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"share: must be from 0 to less than 1, got {share}")
+    growth = Growth()
+    given = our_names(state_dict, growth.dropped)
+    _leave_classifier(network, given, growth)
+    _fit_positions(network, given, growth)
+    convolutions = approximated(network, given)
+    values = _plan(network, given, {f"{name}.acmix" for name in convolutions}, share, growth)
+    own = network.state_dict()
+    for name, value in values.items():
+        own[name].copy_(value)
+    if convolutions:
+        assert isinstance(network, ACmixResNet)
+        training = network.training
+        network.eval()
+        try:
+            for layer in grow_bottlenecks(network, given, calibration, Options(share, regroup)):
+                growth.layers.append(layer)
+                on_layer(layer)
+        finally:
+            network.train(training)
+    names = list(own)
+    growth.new.sort(key=names.index)
+    return growth
+
+
+def _plan(
+    network: nn.Module, given: dict[str, Tensor], from_convolutions: set[str], share: float, growth: Growth
+) -> dict[str, Tensor]:
+    """The values of everything but the blocks that come from convolutions; UserError where the source does not fit."""
+    own = network.state_dict()
+    blocks = {name: module for name, module in network.named_modules() if isinstance(module, ACmix)}
+    if not blocks:
+        raise UserError(f"{type(network).__name__} has no ACmix block to grow a path in; choose one of acmix_*")
+    mix_of_stage: dict[int, dict[str, Tensor]] = {}
+    offered, needed = dict(given), {name: tuple(value.shape) for name, value in own.items()}
+    for name, block in blocks.items():
+        inside = {key: needed.pop(key) for key in own if key.startswith(f"{name}.")}
+        if name in from_convolutions:
+            source = f"{name.removesuffix('acmix')}{CONVOLUTION}"
+            refuse_unfit(name, block, given[source])
+            mix_values(name, block, *first_weights(block, share))
+            width, side = block.out_channels, getattr(block.convolution, "kernel_size", 3)
+            needed[source] = (width, block.in_channels, side, side)
+            fresh = [key for key, _ in block.named_parameters() if key.startswith(("attention.", "mix."))]
+            growth.new += [f"{name}.{key}" for key in fresh]
+            continue
+        needed |= inside
+        theirs = {key[len(name) + 1 :]: offered.pop(key) for key in given if key.startswith(f"{name}.")}
+        if mix := {key: value for key, value in theirs.items() if key.startswith("mix.")}:
+            mix_of_stage[block.mix.stage] = mix
+        if theirs:
+            theirs |= mix_of_stage.get(block.mix.stage, {})  # the blocks of a stage may share their weights
+            grown = grow_block(name, block, theirs, share)
+            offered |= {f"{name}.{key}": value for key, value in grown.values.items()}
+            growth.new += [f"{name}.{key}" for key in grown.new]
+            growth.layers.append(Layer(name, share == 0 or not grown.new, grown.text))
+    inside_blocks = tuple(f"{name}." for name in blocks)
+    absent = {key for key in growth.new if not key.startswith(inside_blocks)}  # a classifier that is drawn anew
+    absent |= {key for key in needed if key.endswith("num_batches_tracked") and key not in offered}
+    refuse_misfit(network, offered, {key: shape for key, shape in needed.items() if key not in absent})
+    growth.copied = sum(key in own and not key.startswith(inside_blocks) for key in offered)
+    return {key: value for key, value in offered.items() if key in own}
+
+
+def _leave_classifier(network: nn.Module, given: dict[str, Tensor], growth: Growth) -> None:
+    """Take a classifier for other classes, or none, out of what is given."""
+    own, head = network.state_dict(), classifier_names(network)
+    if all(name in given and given[name].shape == own[name].shape for name in head):
+        return
+    theirs = [name for name in head if name in given]
+    growth.dropped |= dict.fromkeys(theirs, "a classifier for other classes")
+    found = f"one for {len(given.pop(theirs[0]))} classes" if theirs else "none"
+    for name in theirs[1:]:
+        del given[name]
+    growth.new += head
+    growth.notes.append(f"the classifier for {len(own[head[0]])} classes is drawn anew; the source has {found}")
+
+
+def _fit_positions(network: nn.Module, given: dict[str, Tensor], growth: Growth) -> None:
+    """Interpolate tables of positions that are for other windows, by the family's `checkpoint_filter_fn`."""
+    own = network.state_dict()
+    others = [
+        name
+        for name, value in given.items()
+        if name.endswith(_POSITIONS) and name in own and own[name].shape != value.shape
+    ]
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if not others or convert is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of how timm indexes
+        try:
+            converted = convert(dict(given), network)
+        except ValueError as error:
+            raise UserError(f"{others[0]}: {error}") from None
+    given |= {name: converted[name] for name in others}
+    growth.notes.append(f"{len(others)} tables of positions are for another size of image; interpolated")
