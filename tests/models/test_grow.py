@@ -166,6 +166,16 @@ def test_a_source_that_does_not_fit_is_refused_before_anything_changes(source: d
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_weights_that_differ_within_a_stage_are_refused_where_it_has_one_for_all() -> None:
+    shape = {**NARROW, "layers": (2, 1, 1, 1)}
+    source = models.create_model("acmix_resnet26", **shape).state_dict()
+    tied = models.create_model("acmix_resnet26", mix={"tied": True}, **shape)
+    models.grow(tied, source)
+    source["layer1.1.acmix.mix.alpha"].fill_(0.25)
+    with pytest.raises(UserError, match=r"layer1\.1\.acmix: mix\.tied"):
+        models.grow(tied, source)
+
+
 def test_a_tensor_more_or_less_is_refused_by_name() -> None:
     weights = models.create_model("acmix_resnet26", block="plain", **NARROW).state_dict()
     network = models.create_model("acmix_resnet26", **NARROW)

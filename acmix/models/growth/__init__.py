@@ -103,9 +103,14 @@ def _plan(
         needed |= inside
         theirs = {key[len(name) + 1 :]: offered.pop(key) for key in given if key.startswith(f"{name}.")}
         if mix := {key: value for key, value in theirs.items() if key.startswith("mix.")}:
-            mix_of_stage[block.mix.stage] = mix
+            first = mix_of_stage.setdefault(block.mix.stage, mix)
+            if block.mix.tied and not all(torch.equal(value, first[key]) for key, value in mix.items()):
+                raise UserError(
+                    f"{name}: mix.tied holds one alpha and beta for stage {block.mix.stage}, but the source's blocks "
+                    "differ in theirs; grow into a mix that is not tied"
+                )
         if theirs:
-            theirs |= mix_of_stage.get(block.mix.stage, {})  # the blocks of a stage may share their weights
+            theirs = mix_of_stage.get(block.mix.stage, {}) | theirs  # the blocks of a stage may share their weights
             grown = grow_block(name, block, theirs, share)
             offered |= {f"{name}.{key}": value for key, value in grown.values.items()}
             growth.new += [f"{name}.{key}" for key in grown.new]
