@@ -108,4 +108,5 @@ def test_no_file_is_unpickled_through_the_arguments(wrap, tmp_path):
 
 def test_every_network_is_registered_with_timm():
     names = {name for name in timm.list_models() if name.startswith("acmix_")}
-    assert names == {"acmix_resnet26", "acmix_resnet38", "acmix_resnet50", "acmix_swin_tiny", "acmix_swin_small"}
+    families = {"resnet": (26, 38, 50), "san": (10, 15, 19), "pvt_": ("tiny", "small"), "swin_": ("tiny", "small")}
+    assert names == {f"acmix_{family}{size}" for family, sizes in families.items() for size in sizes}
