@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acmix.process.program import Arguments, run_program
+from acmix.process.program import Arguments, run_program, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result to a file too")
     parser.add_argument("--report", metavar="DIR", type=Path, help="write per-class results and a confusion matrix")
+    parser.add_argument("--paths", action="store_true", help="measure the paths of ACmix blocks, and lesions of them")
+    parser.add_argument("--paths-images", type=whole_number, metavar="N", help="--paths with N images only")
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="config values to override")
     return parser.parse_intermixed_args(arguments)
 
@@ -51,6 +53,7 @@ def evaluate_from(options: argparse.Namespace) -> int:
     from acmix.engine.confusion import Confusion, PartOfClasses
     from acmix.engine.evaluate import evaluate
     from acmix.engine.outputs import Outputs
+    from acmix.engine.path_report import report_paths
     from acmix.engine.proof import memory_explained, prove
     from acmix.process.distributed import Distributed
     from acmix.process.environment import set_up_torch
@@ -76,11 +79,11 @@ def evaluate_from(options: argparse.Namespace) -> int:
                 confusion.add(logits, targets)
 
         metrics = evaluate(model, data, dist, config.precision, observe=observe)
-        counted = part.summary()
+        found = {"checkpoint": str(path), "model": config.model.name, **(metrics or {}), "classes": part.summary()}
+        if options.paths or options.paths_images:
+            found |= report_paths(model, data, dist, config.precision, options.paths_images)
         matrix = confusion.matrix(dist) if confusion else None
-        result = json.dumps(
-            {"checkpoint": str(path), "model": config.model.name, **(metrics or {}), "classes": counted}
-        )
+        result = json.dumps(found)
         if dist.is_main:
             print(result, flush=True)
         dist.on_main(lambda: outputs.write(result, matrix, data.classes, data.present))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from acmix.layers.attention import AttentionPath
 from acmix.layers.path import Path
 from acmix.ops import local_attention, shift_conv
 
@@ -127,8 +128,10 @@ class PathCase:
 
         The parameters are moved by random numbers, so that one that starts at zero has an effect.
         """
-        channels = self.path.heads * self.path.head_dim
-        maps = draw_maps(self.batch, channels, self.height, self.width, self.dtype, self.layout)
+        path = self.path
+        counts = path.maps if isinstance(path, AttentionPath) else (path.heads,) * 3
+        widths = [path.head_dim * count for count in counts]
+        maps = draw_maps(self.batch, widths, self.height, self.width, self.dtype, self.layout)
         weights = [
             (p.detach().cpu() + 0.1 * _draw(1 + i, *p.shape)).to(self.dtype)
             for i, p in enumerate(self.path.parameters())
@@ -157,19 +160,23 @@ def _draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def draw_maps(batch: int, channels: int, height: int, width: int, dtype: torch.dtype, layout: str) -> list[Tensor]:
-    """q, k and v, unit normal: contiguous, channels_last, or channel slices of one map as a projection gives them.
+def draw_maps(
+    batch: int, channels: int | Sequence[int], height: int, width: int, dtype: torch.dtype, layout: str
+) -> list[Tensor]:
+    """q, k and v of so many channels each, unit normal: contiguous, channels_last, or slices of one map as a projection
+    gives them.
 
     Raises:
         ValueError: for an unknown layout.
     """
-    together = _draw(0, batch, 3 * channels, height, width).to(dtype)
+    widths = [channels] * 3 if isinstance(channels, int) else list(channels)
+    together = _draw(0, batch, sum(widths), height, width).to(dtype)
     if layout == "sliced":
-        return list(together.chunk(3, 1))
+        return list(together.split(widths, 1))
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    return [m.contiguous(memory_format=memory_format) for m in together.chunk(3, 1)]
+    return [m.contiguous(memory_format=memory_format) for m in together.split(widths, 1)]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 PACKAGES = ("torch", "timm", "torchvision", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard",
-            "pydantic", "safetensors.torch")  # fmt: skip
+            "pydantic", "safetensors.torch", "matplotlib.backends.backend_agg")  # fmt: skip
 OURS = (
     "acmix.config",
     "acmix.models",

@@ -1,4 +1,4 @@
-"""Every shipped config is valid, says how to run it, and builds its model."""
+"""Every shipped config and every arm of a shipped study is valid, says how to run it, and builds its model."""
 
 from pathlib import Path
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from acmix import models
-from acmix.config import load_config
+from acmix.config import Config, load_config
+from acmix.studies.plan import arm_config
+from acmix.studies.schema import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ("resnet26", "swin_tiny")
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(STUDIES))
 
 
 def config_id(path: Path) -> str:
@@ -29,7 +32,10 @@ def test_config_opens_with_schema_command_cost_and_expected_result(path: Path) -
 
 @pytest.mark.parametrize("path", CONFIGS, ids=config_id)
 def test_config_validates_and_builds_its_model(path: Path) -> None:
-    config = load_config(path, [])
+    build_on_meta(load_config(path, []))
+
+
+def build_on_meta(config: Config) -> None:
     classes = config.model.num_classes or 10
     with torch.device("meta"):
         model = models.create_model(config.model.name, num_classes=classes, **config.model.kwargs)
@@ -40,6 +46,10 @@ def test_plain_twins_share_their_recipe_with_the_acmix_config() -> None:
     pairs = [
         ("acmix_resnet26", "resnet26"),
         ("acmix_swin_tiny", "swin_tiny"),
+        ("acmix_pvt_tiny", "pvt_tiny"),
+        ("cifar10/acmix_pvt_tiny", "cifar10/pvt_tiny"),
+        ("acmix_san10", "san10"),
+        ("cifar10/acmix_san10", "cifar10/san10"),
         *((f"{data}/acmix_{name}", f"{data}/{name}") for data in ("cifar10", "cifar100") for name in NETWORKS),
         ("cifar10/narrow_acmix_resnet26", "cifar10/narrow_resnet26"),
     ]
@@ -51,12 +61,26 @@ def test_plain_twins_share_their_recipe_with_the_acmix_config() -> None:
         assert acmix_config == plain, f"{acmix_name} and {plain_name} differ beyond the model"
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=config_id)
+def test_study_says_how_to_run_it_and_each_arm_builds_its_model(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for field in ("Command:", "Cost:", "Expected:"):
+        assert any(line.startswith(f"# {field}") for line in header), f"{path} has no {field} line"
+    assert any(f"ablate.py configs/{config_id(path)}" in line for line in header), f"{path}: another file's command"
+    study = load_study(path)
+    assert study.name == path.stem
+    configs = [arm_config(study, arm, []) for arm in study.arms]
+    for config in configs:
+        build_on_meta(config)
+    policies = {"path_lr_factor", "path_weight_decay", "path_freeze_epochs"}
+    recipes = [config.model_dump(exclude={"model": True, "optimizer": policies}) for config in configs]
+    assert all(recipe == recipes[0] for recipe in recipes), "arms differ beyond the model and its path weights"
+
+
 @pytest.mark.parametrize(("table", "key"), [("combine", "mix"), ("shift", "shift")])
-def test_ablation_arms_differ_in_one_key_alone(table: str, key: str) -> None:
-    arms = {}
-    for path in sorted((ROOT / "configs" / "ablation").glob(f"{table}_*.yaml")):
-        dump = load_config(path, []).model_dump(exclude={"run": {"name"}})
-        arms[dump["model"]["kwargs"].pop(key)] = dump
-    assert len(arms) == 5
-    first, *rest = arms.values()
-    assert all(other == first for other in rest)
+@pytest.mark.parametrize("prefix", ["", "imagenet_"])
+def test_the_papers_ablations_have_five_arms_that_differ_in_one_key(prefix: str, table: str, key: str) -> None:
+    study = load_study(ROOT / "configs" / "studies" / f"{prefix}{table}.yaml")
+    assert study.arms.pop("learned") == ()
+    assert len(study.arms) == 4
+    assert all(overrides == (f"model.kwargs.{key}={arm}",) for arm, overrides in study.arms.items())

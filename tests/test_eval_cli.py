@@ -103,6 +103,32 @@ def test_report_holds_every_class_and_a_picture(run_dir: Path, evaluate: Evaluat
         assert picture.width > 300
 
 
+def test_paths_and_lesions_of_every_block(evaluate: Evaluate, tmp_path: Path) -> None:
+    model = "{name: acmix_resnet26, kwargs: {stem: cifar, base_width: 8, layers: [1, 1, 1, 1]}}"
+    (tmp_path / "acmix.yaml").write_text(CONFIG.replace("{name: test_resnet}", model))
+    kwargs = {"stem": "cifar", "base_width": 8, "layers": (1, 1, 1, 1)}
+    torch.manual_seed(0)
+    save_file(create_model("acmix_resnet26", 10, **kwargs).state_dict(), tmp_path / "weights.safetensors")
+    arguments = ("--checkpoint", "weights.safetensors", "--config", "acmix.yaml", "--json", "paths.json")
+    result = evaluate(*arguments, "--paths-images", 30, "data.val_batch_size=20").result
+    assert json.loads((tmp_path / "paths.json").read_text()) == result
+    assert result["count"] == 360
+    assert [row["depth"] for row in result["paths"]] == [1, 2, 3, 4]
+    keys = {"layer", "stage", "depth", "alpha", "beta", "attention_rms", "convolution_rms", "attention_share",
+            "cosine", "entropy_bits", "distance_px"}  # fmt: skip
+    assert all(keys <= set(row) for row in result["paths"])
+    assert len(result["lesions"]) == (4 + 4 + 1) * 2 * 2
+    assert all({"path", "mode", "top1", "delta_top1", "loss", "delta_loss"} <= set(row) for row in result["lesions"])
+    assert {round(3 * (row["top1"] - row["delta_top1"]), 6) % 10 for row in result["lesions"]} == {0.0}  # of 30 images
+    assert any(row["delta_loss"] for row in result["lesions"])
+
+
+def test_a_model_without_blocks_has_no_paths(run_dir: Path, evaluate: Evaluate) -> None:
+    result = evaluate("--checkpoint", run_dir, "--paths").result
+    assert result["paths"] == result["lesions"] == []
+    assert_refused(evaluate("--checkpoint", run_dir, "--paths-images", "0"), "--paths-images")
+
+
 def test_weights_file_needs_a_config_and_takes_any_prefix(run_dir: Path, evaluate: Evaluate, tmp_path: Path) -> None:
     weights = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
     torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "weights.pth")

@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "acmix.studies": (
         "acmix.checkpoint.atomic",
         "acmix.config",
+        "acmix.data",
         "acmix.engine",
         "acmix.models",
         "acmix.process",

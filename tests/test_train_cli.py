@@ -102,7 +102,7 @@ def test_bad_config_is_refused(case: str, train: Train, tmp_path: Path) -> None:
         (["optimizer.name=sdg"], ["optimizer.name", "sgd"]),
         (["optimizer.kwargs.nestrov=true"], ["optimizer.kwargs.nestrov", "optimizer.kwargs.nesterov"]),
         (["schedule.kwargs.k_decay=x"], ["schedule.kwargs.k_decay", "'x'", "number"]),
-        (["run.probes=[path]"], ["run.probes", "nearest: paths", "all: paths"]),
+        (["run.probes=[path]"], ["run.probes", "nearest: paths", "all: paths, path_balance"]),
         (["model.checkpoint=nowhere.pth"], ["nowhere.pth"]),
         (["--resume", "nowhere"], ["--resume", "nowhere"]),
         (["--resume"], ["--resume", "expected one argument"]),

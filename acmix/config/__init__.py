@@ -8,7 +8,7 @@ from acmix.errors import needs_train_extra
 
 with needs_train_extra():
     from acmix.config.datasets import Dataset, find_dataset, register_dataset
-    from acmix.config.load import data_config, load_config
+    from acmix.config.load import as_override, data_config, load_config
     from acmix.config.schema import (
         AugmentConfig,
         Config,
@@ -25,6 +25,6 @@ with needs_train_extra():
 
 __all__ = [
     "AugmentConfig", "Config", "DataConfig", "Dataset", "EmaConfig", "LossConfig", "ModelConfig", "OptimizerConfig",
-    "PrecisionConfig", "RunConfig", "ScheduleConfig", "data_config", "find_dataset", "json_schema", "load_config",
-    "register_dataset",
+    "PrecisionConfig", "RunConfig", "ScheduleConfig", "as_override", "data_config", "find_dataset", "json_schema",
+    "load_config", "register_dataset",
 ]  # fmt: skip

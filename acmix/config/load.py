@@ -1,5 +1,6 @@
 """How a config file is read and overridden from the command line."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,21 @@ def data_config(root: str, overrides: Sequence[str] = ()) -> Config:
     data = {"dataset": "folder", "root": escape_path(root)}
     values = {"model": {"name": "none"}, "data": data, "schedule": {"epochs": 1}}
     return _resolved(values, overrides, COMMAND_LINE, {})
+
+
+def as_override(key: str, value: Any) -> str:
+    """The `KEY.PATH=VALUE` that sets a key to a value, written as a person would. Raises UserError where none does."""
+    key_path: KeyPath = tuple(key.split("."))
+    if problem := unknown_override(Config, key_path):
+        raise UserError(problem)
+    for text in [value] * isinstance(value, str) + [json.dumps(value, ensure_ascii=False)]:
+        try:
+            read = _read_value(text, key_path, key).values
+        except UserError:
+            continue
+        if type(read) is type(value) and read == value:
+            return f"{key}={text}"
+    raise UserError(f"{key}: {value!r} is no value of this key; text that looks like a number needs quotes")
 
 
 def _resolved(values: dict[str, Any], overrides: Sequence[str], source: str, origins: dict[KeyPath, str]) -> Config:

@@ -202,7 +202,7 @@ class OptimizerConfig(_Section):
     """Global batch size for which lr is given, scaled linearly to the actual one; null: lr as given."""
 
     weight_decay: NonNegative = 1e-4
-    """Weight decay (never on path weights, norms and biases)."""
+    """Weight decay (never on norms and biases; path weights have their own)."""
 
     momentum: BelowOne = 0.9
     """Momentum, for optimizers that have one."""
@@ -218,6 +218,12 @@ class OptimizerConfig(_Section):
 
     path_lr_factor: NonNegative = 1.0
     """Learning-rate factor of the path weights alpha and beta."""
+
+    path_weight_decay: NonNegative = 0.0
+    """Weight decay of the path weights alpha and beta, which pulls both paths to zero."""
+
+    path_freeze_epochs: NonNegative = 0.0
+    """Epochs at the beginning in which the path weights stay as they start."""
 
     clip_grad: AboveZero | None = None
     """Limit of gradient clipping; null: no clipping."""
@@ -289,6 +295,16 @@ class EmaConfig(_Section):
     """Let the decay grow from 0 during the first updates."""
 
 
+class PathsConfig(_Section):
+    """How the paths of ACmix blocks are measured on images while training; run.probes says whether."""
+
+    every: Positive = 100
+    """Updates from one measurement to the next; the run's start and end are measured too."""
+
+    images: Positive = 16
+    """Validation images, evenly spaced, that are measured each time."""
+
+
 class RunConfig(_Section):
     """Output folder, device, logging, checkpoints."""
 
@@ -307,7 +323,7 @@ class RunConfig(_Section):
     log_every: Positive = 50
     """Updates from one logged line to the next."""
 
-    probes: Names = ("paths",)
+    probes: Names = ("paths", "path_balance", "path_shares")
     """What to measure of the model as it trains; []: nothing."""
 
     checkpoint_every: Count = 0
@@ -352,6 +368,7 @@ class Config(_Section):
     schedule: ScheduleConfig
     precision: PrecisionConfig = PrecisionConfig()
     ema: EmaConfig = EmaConfig()
+    paths: PathsConfig = PathsConfig()
     run: RunConfig = RunConfig()
 
     def dump(self) -> str:

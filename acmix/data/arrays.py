@@ -2,22 +2,28 @@
 
 import hashlib
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
+from importlib.metadata import version
+from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
+from acmix.checkpoint.atomic import replacing
 from acmix.config import DataConfig
 from acmix.data.datasets import data_root
 from acmix.data.download import download_lock
 from acmix.data.folders import from_where
 from acmix.errors import UserError
+from acmix.paths import cache_folder
 
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation", "test", "eval")
 _DIGITS_SIZE = 32
 _DIGITS_VAL = 360
+_DIGITS_FORMAT = 1  # of the file that keeps them
+_DIGEST = 16  # bytes
 
 
 class ArraySource:
@@ -68,8 +74,31 @@ def open_digits(data: DataConfig, split: str) -> ArraySource:
 
 @cache
 def read_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All images (N, 32, 32, 3) and targets, and the indices of both splits; read once, as it takes a while."""
-    from sklearn.datasets import load_digits  # a second of imports that other datasets do not need
+    """All images (N, 32, 32, 3) and targets, and the indices of both splits.
+
+    They are kept in the cache folder: scikit-learn takes a second to import. A damaged one is made anew.
+    """
+    with suppress(UserError, OSError):
+        path = cache_folder() / f"digits-{_DIGITS_FORMAT}-{version('scikit-learn')}"
+        kept = path.read_bytes() if path.is_file() else b""
+        if kept[:_DIGEST] == _digest(kept[_DIGEST:]):
+            with np.load(BytesIO(kept[_DIGEST:])) as arrays:
+                return arrays["images"], arrays["targets"], arrays["train"], arrays["val"]
+        images, targets, train, val = _make_digits()
+        content = BytesIO()
+        np.savez(content, images=images, targets=targets, train=train, val=val)
+        with replacing(path) as temporary:
+            temporary.write_bytes(_digest(content.getvalue()) + content.getvalue())
+    return _make_digits()
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST).digest()
+
+
+@cache
+def _make_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, targets = load_digits(return_X_y=True)

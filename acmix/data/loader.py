@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+import numpy as np
 
 from acmix.config import Config
 from acmix.data.batch import Batch, Normaliser
@@ -42,14 +44,17 @@ class WorkerImages:
     ) -> None:
         workers = worker_count(config)
         self._normaliser = normaliser
-        self.pool = WorkerPool(
-            BatchReader(source, transform, config, seed), config, workers if most is None else min(workers, most)
-        )
+        self._reader = BatchReader(source, transform, config, seed)
+        self.pool = WorkerPool(self._reader, config, workers if most is None else min(workers, most))
 
     def batches(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
         """The batches of the plans, in order. Raises UserError when a worker dies."""
         for read in self.pool.run(plans):
             yield read.batch(self._normaliser)
+
+    def read_here(self, plan: BatchPlan) -> Batch:
+        """The batch of a plan, read in this process."""
+        return self._reader[plan].batch(self._normaliser)
 
 
 class TrainLoader:
@@ -112,7 +117,8 @@ class ValLoader:
         self.present = present_classes(source)
         """Indices of the classes that may have images here, ascending."""
         self._length = len(source)
-        self._plans = val_plans(len(source), config.data.val_batch_size or config.data.batch_size, rank, world_size)
+        self.batch_size = config.data.val_batch_size or config.data.batch_size
+        self._plans = val_plans(len(source), self.batch_size, rank, world_size)
         self.images = WorkerImages(
             source, build_val_pixels(config), config, Normaliser(statistics), None, most=len(self._plans)
         )
@@ -127,6 +133,18 @@ class ValLoader:
     def batches(self) -> int:
         """Batches of this process."""
         return len(self._plans)
+
+    def spread(self, count: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """About `count` images, evenly spaced over the whole set, whose classes may follow one another.
+
+        They are read in this process; `rank` of `world_size` gets its share. Raises UserError as a whole pass does.
+        """
+        places = np.linspace(0, self._length - 1, min(count, self._length)).round().astype(np.int64)
+        for plan in val_plans(len(places), self.batch_size, rank, world_size):
+            batch = self.images.read_here(replace(plan, indices=places[plan.indices]))
+            if batch.errors:
+                raise UserError(f"{unreadable(batch.errors[0])}; validation counts every image")
+            yield batch
 
     def __iter__(self) -> Iterator[Batch]:
         if self._kept:

@@ -54,7 +54,7 @@ def evaluate(
                 images, targets = network_inputs(batch, precision, dist.device)
                 with torch.inference_mode(), autocast(precision, dist.device):
                     logits = model(images)
-                sums += _batch_sums(logits.float(), targets)
+                sums += batch_sums(logits.float(), targets)
                 if observe is not None:
                     observe(logits, targets)
             if poll():
@@ -68,7 +68,7 @@ def evaluate(
     )
 
 
-def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
+def batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
     """Sums over a batch, float64: cross entropy, hits among the best and the best five, images."""
     loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, ≤5)

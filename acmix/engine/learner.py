@@ -20,6 +20,7 @@ from acmix.engine.forward import Mixing, autocast, network_inputs
 from acmix.engine.on_host import OnHost
 from acmix.engine.optim import build_optimizer, build_scheduler, load_optimizer, parameter_groups
 from acmix.errors import UserError
+from acmix.layers.mix import path_weights
 from acmix.ops.native import cxx_compiler
 from acmix.process.distributed import Distributed
 
@@ -38,7 +39,8 @@ class Learner:
         mixing: mixup and cutmix, images and targets → mixed images and soft targets; None for none.
 
     Attributes: `model` the bare network (never wrapped, so its state dict has plain names), `ema` timm's average or
-    None, `optimizer`, `scheduler`, `scaler`.
+    None, `optimizer`, `scheduler`, `scaler`, `path_gradients` the gradients of alpha and beta, by name, in the last
+    update if that was measured.
 
     Raises UserError for SyncBN without CUDA, an optimizer or schedule that cannot be built, and gradient checkpointing
     that the model does not support.
@@ -59,11 +61,14 @@ class Learner:
         self.model = _prepare(model, config, dist)
         self.ema = None
         self.ema_updates = 0
+        self.path_gradients: dict[str, Tensor] = {}
         if config.ema.decay is not None:
             self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
         self.optimizer = build_optimizer(self.model, config.optimizer, loader.global_batch)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, loader.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=config.precision.amp == "fp16")
+        self._paths = list(path_weights(self.model).values())
+        self._frozen_steps = round(config.optimizer.path_freeze_epochs * loader.updates_per_epoch)
         self._losses = _build_loss(config, mixed=mixing is not None)
         self._runner: nn.Module = self.model
         if dist.world_size > 1:
@@ -127,10 +132,17 @@ class Learner:
         The norm is None unless clipping is on or `measure` asks for it.
         """
         self.scheduler.step_update(step - 1)
+        if step <= self._frozen_steps:
+            for weight in self._paths:
+                weight.grad = None  # the optimizer passes over it and begins its averages with the first gradient
+        self.path_gradients = {}
         norm = None
         clip, mode = self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
         if clip is not None or measure:
             self.scaler.unscale_(self.optimizer)
+            if measure:
+                weights = path_weights(self.model)
+                self.path_gradients = {name: w.grad.clone() for name, w in weights.items() if w.grad is not None}
             norm = self._clip(clip, mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()

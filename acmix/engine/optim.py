@@ -35,7 +35,8 @@ def peak_lr(config: OptimizerConfig, global_batch: int) -> float:
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """timm's groups (no decay for norms and biases, layer decay), with the path weights in groups of their own.
 
-    Path weights are never decayed; their `lr_scale` carries `optimizer.path_lr_factor`.
+    Path weights have a decay of their own, `optimizer.path_weight_decay`; their `lr_scale` carries
+    `optimizer.path_lr_factor`.
     """
     spared = set(getattr(model, "no_weight_decay", set)())
     if config.layer_decay is not None:
@@ -52,7 +53,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             rest.append({**group, "params": others})
         if chosen:
             lr_scale = group.get("lr_scale", 1.0) * config.path_lr_factor
-            paths.append({**group, "params": chosen, "weight_decay": 0.0, "lr_scale": lr_scale})
+            paths.append({**group, "params": chosen, "weight_decay": config.path_weight_decay, "lr_scale": lr_scale})
     return rest + paths
 
 

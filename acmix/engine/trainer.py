@@ -7,6 +7,7 @@ any of them holds a loss that is not finite, and on whether any was asked to sto
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -21,6 +22,7 @@ from acmix.data.loader import Batch, Data
 from acmix.data.workers import worker_deaths_explained
 from acmix.engine.ahead import on_device
 from acmix.engine.evaluate import Metrics, evaluate
+from acmix.engine.forward import network_inputs
 from acmix.engine.learner import Learner
 from acmix.engine.meter import Meter
 from acmix.engine.nonfinite import NonFiniteGuard
@@ -60,7 +62,7 @@ class Trainer:
         self.meter = Meter(data.train.global_batch, self.dist.device)
         self.saver = Saver(session, self._snapshot)
         self.guard = NonFiniteGuard(config.run.skip_nonfinite, learner, session)
-        self.probes = find_probes(config.run.probes)
+        self.probes = find_probes(config.run.probes, config.paths.every)
         self.steps_per_epoch = data.train.updates_per_epoch
         self.total_steps = total_updates(config.schedule, self.steps_per_epoch)
         self._saved_at: tuple[int, int] | None = None
@@ -220,13 +222,23 @@ class Trainer:
         self._log_probes(echo=True)
 
     def _log_probes(self, *, echo: bool = False, logged: bool = True) -> None:
-        """Log what the probes measure: all of them with `echo`, else those that are due at this step."""
+        """Log what the probes measure that are due; `echo` at the start and at the end of each epoch."""
         if not self.dist.is_main:
             return
-        step = self.progress.step
+        step, end = self.progress.step, self.total_steps if echo else None
         for probe in self.probes:
-            if echo or probe.is_due(step, logged=logged):
-                self.session.log.probe(probe.name, step, probe.rows(self.learner.model), echo=echo)
+            if probe.is_due(step, logged=logged, end=end):
+                rows = probe.rows(self.learner.model, self._given)
+                self.session.log.probe(probe.name, step, rows, echo=echo, shown=probe.shown)
+
+    def _given(self, needs: str) -> Any:
+        """What a probe measures with; see `Probe.needs`."""
+        return self._fixed_images if needs == "images" else self.learner.path_gradients
+
+    @cached_property
+    def _fixed_images(self) -> Tensor:
+        batches = self.data.val.spread(self.config.paths.images)
+        return torch.cat([network_inputs(batch, self.config.precision, self.dist.device)[0] for batch in batches])
 
     def _agree(self, *, loss: float = 0.0, bad: bool = False, unread: int = 0) -> Verdict:
         """The collective of every step. Where a save has failed on rank 0, all ranks end here."""

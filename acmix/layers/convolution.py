@@ -19,20 +19,22 @@ KINDS = ("shift", "fixed", "random", "learned", "full")
 class ShiftConv(DerivedBuffers, Path):
     """The convolution path of ACmix (paper sections 3.2 and 4, figure 4).
 
-    q, k and v are 3N maps of width d. A fully connected layer over the map index makes k² maps of them; each is
-    shifted to its place in a k × k kernel and all are summed, once for each of the N heads of the output.
+    q, k and v are 3N maps of width d, or as many as `in_maps` says. A fully connected layer over the map index makes k²
+    maps of them; each is shifted to its place in a k × k kernel and all are summed, once for each of the N heads of the
+    output.
 
     Args:
         heads: N.
         head_dim: d.
         kernel_size: k, odd.
         stride, dilation: of the convolution; the padding is dilation * (k // 2), with zeros.
+        in_maps: Maps of width d that q, k and v have together; None: 3N.
         kind: How the maps are shifted and summed:
             `shift`: tensor shifts, no kernel at all;
             `fixed`: a grouped convolution whose kernels are the k² one-hot shifts, not trained;
             `random`: the same convolution, trained from a random kernel;
             `learned`: the same convolution, trained from the one-hot shifts (the paper's choice);
-            `full`: no fully connected layer; one trained grouped convolution straight from the 3N maps to the N.
+            `full`: no fully connected layer; one trained grouped convolution straight from the 3N maps to N.
         bias: Whether the fully connected layer has a bias (it has in Swin, not in ResNet; `full` has none).
         impl: Implementation of `acmix.ops.shift_conv`, and of `grouped_conv` for `full`. The kind `shift`, which uses
             neither, has two: `reference`, and the one that runs for every other name.
@@ -49,6 +51,7 @@ class ShiftConv(DerivedBuffers, Path):
         stride: int = 1,
         dilation: int = 1,
         *,
+        in_maps: int | None = None,
         kind: str = "learned",
         bias: bool = False,
         impl: str = "auto",
@@ -59,11 +62,12 @@ class ShiftConv(DerivedBuffers, Path):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_conv {kernel_size} has no centre: choose an odd size, such as 3")
         self.kernel_size, self.stride, self.dilation, self.kind = kernel_size, stride, dilation, kind
+        self.in_maps = 3 * heads if in_maps is None else in_maps
         taps, channels = kernel_size**2, heads * head_dim
         if kind == "full":
-            self.weight = nn.Parameter(torch.empty(channels, 3 * heads, kernel_size, kernel_size))
+            self.weight = nn.Parameter(torch.empty(channels, self.in_maps, kernel_size, kernel_size))
         else:
-            self.fc_weight = nn.Parameter(torch.empty(taps, 3 * heads))
+            self.fc_weight = nn.Parameter(torch.empty(taps, self.in_maps))
             self.fc_bias = nn.Parameter(torch.empty(taps)) if bias else None
         if kind in ("random", "learned"):
             self.shift_weight = nn.Parameter(torch.empty(channels, taps, kernel_size, kernel_size))
@@ -132,11 +136,11 @@ class ShiftConv(DerivedBuffers, Path):
         return self._shift_conv(q, k, v, self.fc_weight, shift_weight, self.fc_bias, "reference")
 
     def multiply_adds(self, shape: Sequence[int]) -> int:
-        """The fully connected layer, 3N maps to k², and a grouped convolution with k² kernels of k × k an output."""
+        """The fully connected layer, all maps to k², and a grouped convolution with k² kernels of k × k an output."""
         taps, outputs = self.kernel_size**2, strided_numel(shape, self.stride)
         if self.kind == "full":
-            return 3 * self.heads * taps * outputs
-        mixing = 3 * taps * math.prod(shape)  # k² · 3N for each of the d · H · W values of a map
+            return self.in_maps * taps * outputs
+        mixing = self.in_maps * taps * math.prod(shape) // self.heads  # for each of the d · H · W values of a map
         return mixing + (0 if self.kind == "shift" else taps * taps * outputs)
 
     @classmethod
@@ -166,7 +170,7 @@ class ShiftConv(DerivedBuffers, Path):
     def _shift(self, q: Tensor, k: Tensor, v: Tensor, fc_weight: Tensor, fc_bias: Tensor | None) -> Tensor:
         height, width = q.shape[-2:]
         pad = self.dilation * (self.kernel_size // 2)
-        maps = torch.cat([m.unflatten(1, (self.heads, self.head_dim)) for m in (q, k, v)], 1)  # (B, 3N, d, H, W)
+        maps = torch.cat([q, k, v], 1).unflatten(1, (self.in_maps, self.head_dim))  # (B, 3N, d, H, W)
         mixed = F.linear(maps.movedim(1, -1), fc_weight, fc_bias).movedim(-1, 1)  # (B, k², d, H, W)
         mixed = F.pad(mixed, (pad, pad, pad, pad))
         out = mixed.new_zeros(())
@@ -178,7 +182,7 @@ class ShiftConv(DerivedBuffers, Path):
     def extra_repr(self) -> str:
         return (
             f"heads={self.heads}, head_dim={self.head_dim}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"dilation={self.dilation}, kind={self.kind}"
+            f"dilation={self.dilation}, in_maps={self.in_maps}, kind={self.kind}"
         )
 
 

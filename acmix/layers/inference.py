@@ -90,6 +90,7 @@ def _folded(convolution: ShiftConv) -> ShiftConv:
             convolution.kernel_size,
             convolution.stride,
             convolution.dilation,
+            in_maps=convolution.in_maps,
             kind="full",
             impl=convolution.impl,
         )

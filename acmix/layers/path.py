@@ -35,7 +35,7 @@ class Path(nn.Module):
         """add_to + scale · path(q, k, v).
 
         Args:
-            q, k, v: Maps (B, N * d, H, W), channels (head, head_dim).
+            q, k, v: Maps (B, N * d, H, W), channels (head, head_dim), or as `AttentionPath.maps` and `reduce` say.
             scale: Scalar that multiplies the path.
             add_to: Map to add the path to.
         """
@@ -61,7 +61,7 @@ class Path(nn.Module):
         raise self._missing("reference")
 
     def multiply_adds(self, shape: Sequence[int]) -> int:
-        """Multiply-adds of one forward pass over q, k and v of this shape (B, N * d, H, W), whatever runs it."""
+        """Multiply-adds of one forward pass, whatever runs it, where N maps of the size of q are (B, N * d, H, W)."""
         raise self._missing("multiply_adds")
 
     @classmethod

@@ -21,12 +21,12 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from acmix.layers import ACmix, LocalAttention, path_weights
+from acmix.layers import ACmix, LocalAttention, path_weights, tie_path_weights
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
+from acmix.models.layout import fast_layout
 from acmix.models.official import OfficialNames, register_official
 from acmix.models.placed import placed
-from acmix.ops.implementations import transformed
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -88,6 +88,9 @@ class Bottleneck(nn.Module):
 class ACmixResNet(nn.Module):
     """ACmix-ResNet for images (B, in_chans, H, W).
 
+    The plain twin is `block: plain`, the ResNet of the paper's comparison; `mix: attention` and `mix: convolution` have
+    one path of the block alone. Recipe and everything around the blocks stay the same.
+
     Args:
         layers: Bottlenecks in each of the four stages.
         num_classes: Width of the classifier; 0 leaves it out.
@@ -101,7 +104,7 @@ class ACmixResNet(nn.Module):
         heads: Heads of every block, or one number for each stage.
         kernel_att: Window of the local attention, where the map is not smaller.
         kernel_conv: Kernel of the convolution path.
-        mix: Mode of `acmix.layers.PathMix`.
+        mix: Mode of `acmix.layers.PathMix`, or a mapping of its arguments, such as {per: head}.
         shift: Kind of `acmix.layers.ShiftConv`.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
@@ -127,7 +130,7 @@ class ACmixResNet(nn.Module):
         heads: int | Sequence[int] = 4,
         kernel_att: int = 7,
         kernel_conv: int = 3,
-        mix: str = "learned",
+        mix: str | dict[str, Any] = "learned",
         shift: str = "learned",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -156,6 +159,7 @@ class ACmixResNet(nn.Module):
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.init_weights(zero_init_last)
+        tie_path_weights(self)
 
     def _build_stem(self, in_chans: int, width: int, stem: str) -> None:
         imagenet = stem == "imagenet"
@@ -289,15 +293,6 @@ class ACmixResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-@torch.fx.wrap
-@register_notrace_function
-def fast_layout(x: Tensor) -> Tensor:
-    """Images in the memory format that a CPU is the faster in, in every convolution and norm; the blocks use it too."""
-    if x.device.type == "cpu" and not transformed():  # vmap has no layouts
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ACmixResNet:

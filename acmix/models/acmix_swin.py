@@ -24,7 +24,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from acmix.layers import ACmix, WindowAttention, path_weights
+from acmix.layers import ACmix, WindowAttention, path_weights, tie_path_weights
 from acmix.layers.fixed_size import with_fixed_size
 from acmix.layers.plain import is_observed, is_plain
 from acmix.models.checks import check_positive, check_rates
@@ -205,6 +205,9 @@ def _halved(resolution: tuple[int, int]) -> tuple[int, int]:
 class ACmixSwin(nn.Module):
     """ACmix-Swin for images (B, in_chans, H, W).
 
+    The plain twin is `mix: attention`, which is Swin itself, weight for weight as in timm; `mix: convolution` has the
+    convolution path alone. Recipe and everything around the blocks stay the same.
+
     Args:
         img_size: Size of the images. It sets the windows, window_size or the stage's map where that is smaller, and
             with them the shapes of the parameters; images of any other size may be given at the call: maps
@@ -219,7 +222,7 @@ class ACmixSwin(nn.Module):
         window_size: Side of the windows, or (height, width).
         mlp_ratio: Hidden width of the perceptrons over their channels.
         kernel_conv: Kernel of the convolution path.
-        mix: Mode of `acmix.layers.PathMix`.
+        mix: Mode of `acmix.layers.PathMix`, or a mapping of its arguments, such as {per: head}.
         shift: Kind of `acmix.layers.ShiftConv`.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after the blocks and in the perceptrons.
@@ -246,7 +249,7 @@ class ACmixSwin(nn.Module):
         window_size: int | tuple[int, int] = 7,
         mlp_ratio: float = 4.0,
         kernel_conv: int = 3,
-        mix: str = "learned",
+        mix: str | dict[str, Any] = "learned",
         shift: str = "learned",
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -311,6 +314,7 @@ class ACmixSwin(nn.Module):
         )
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.init_weights()
+        tie_path_weights(self)
 
     @torch.jit.ignore
     def set_input_size(

@@ -60,6 +60,30 @@ def local_mix_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
     return 8 * kernel_size**2 * prod(grad_out) + 4 * _two_steps(_one_of_three(qkv), weight, stride)
 
 
+@register_flop_formula(torch.ops.acmix.patch_features)
+def patch_features_flops(k: Shape, scale: Shape, offset: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """A product for each feature, channel and tap at every pixel."""
+    return 2 * prod(weight) * k[0] * k[2] * k[3]
+
+
+@register_flop_formula(torch.ops.acmix.patch_features_backward)
+def patch_features_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
+    """The gradients of the same."""
+    return 2 * patch_features_flops(*inputs)
+
+
+@register_flop_formula(torch.ops.acmix.patch_aggregation)
+def patch_aggregation_flops(v: Shape, hidden: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """The weights of every tap, and K² products for each value."""
+    return 2 * prod(weight) * v[0] * v[2] * v[3] + 2 * weight[1] * prod(v)
+
+
+@register_flop_formula(torch.ops.acmix.patch_aggregation_backward)
+def patch_aggregation_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
+    """The gradients of the same."""
+    return 2 * patch_aggregation_flops(*inputs)
+
+
 def _one_of_three(qkv: Shape) -> Shape:
     batch, height, width, channels = qkv
     return batch, channels // 3, height, width

@@ -80,12 +80,14 @@ class Problem:
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """(B, C, H, W) of q, k and v."""
+    """(B, C, H, W) of q, and of k and v unless `uneven`."""
     heads: int
     window: Window
     channels_last: bool = False
     may_compile: bool = False
     """Whether `auto` may take what has to be compiled first; see `may_compile()`."""
+    uneven: bool = False
+    """Whether q, k and v have different numbers of heads."""
     transformed: bool = False
     """Whether torch.func or forward-mode AD takes part; see `transformed()`."""
 
@@ -95,7 +97,10 @@ class Problem:
         shape: tuple[int, ...] = q.shape
         if torch.jit.is_tracing():  # its sizes are tensors
             shape, heads = tuple(map(int, shape)), int(heads)
-        return cls(q.device, q.dtype, shape, heads, window, is_channels_last(q), may_compile(), transformed())
+        return cls(
+            q.device, q.dtype, shape, heads, window,
+            channels_last=is_channels_last(q), may_compile=may_compile(), transformed=transformed(),
+        )  # fmt: skip
 
     @property
     def head_dim(self) -> int:

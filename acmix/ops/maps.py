@@ -17,6 +17,18 @@ def check_maps(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def are_uneven(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v, maps of one size, have different numbers of channels.
+
+    Raises:
+        ValueError: for tensors of other than four dimensions, or of different batches or sizes.
+    """
+    rests = [(m.shape[0], *m.shape[2:]) for m in (q, k, v)]
+    if q.dim() != 4 or rests[1] != rests[0] or rests[2] != rests[0]:
+        check_maps(q, k, v)
+    return not q.shape[1] == k.shape[1] == v.shape[1]
+
+
 def cast_maps(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does to the operands of a matrix product: to `dtype`, except from float64."""
     return tuple(m if m.dtype == torch.float64 else m.to(dtype) for m in (q, k, v))  # type: ignore[return-value]

@@ -32,20 +32,33 @@ def _window(maps: Tensor, kernel_size: int, stride: int, dilation: int) -> Itera
             yield padded[..., dy : dy + height : stride, dx : dx + width : stride]
 
 
-def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
+def _fitting(kernel_size: int, dilation: int, maps: Tensor) -> int:
+    """The largest odd window up to K whose reach is less than the shorter side of the maps."""
+    return min(kernel_size, 2 * ((min(maps.shape[-2:]) - 1) // dilation) + 1)
+
+
+def window_positions(
+    height: int, width: int, kernel_size: int, stride: int, dilation: int, device: torch.device
 ) -> Tensor:
-    """Sliding-window attention with reflection padding and linear relative positions; see the public operation.
+    """Row and column of every window member in the map, reflected where it lies outside: (2, K², Ho, Wo), float32."""
+    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None].expand(height, width)
+    columns = torch.arange(width, dtype=torch.float32, device=device).expand(height, width)
+    return torch.stack(list(_window(torch.stack([rows, columns]), kernel_size, stride, dilation)), 1)
+
+
+def local_attention_probabilities(
+    q: Tensor, k: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
+) -> Tensor:
+    """The softmax of `local_attention` over the K² members of every window, (B, N, K², Ho, Wo), float32 or better.
 
     Reflection needs a map larger than the window's reach, dilation * (K // 2): on a smaller one K is the largest odd
     number for which it is.
-    Products are taken in the dtype of q, k and v and summed in float32 (float64 for float64); positions and
-    the softmax are in float32 or better. The K² members of a window are visited one by one:
-    logits are kept, copies of k and v are not.
+    Products are taken in the dtype of q and k and summed in float32 (float64 for float64); positions and the softmax
+    are in float32 or better. The members of a window are visited one by one: logits are kept, copies of k are not.
     """
     head_dim = position_weight.shape[0]
-    kernel_size = min(kernel_size, 2 * ((min(q.shape[-2:]) - 1) // dilation) + 1)
-    q, k, v = (maps.unflatten(1, (-1, head_dim)) for maps in (q, k, v))  # (B, N, d, H, W)
+    kernel_size = _fitting(kernel_size, dilation, q)
+    q, k = (maps.unflatten(1, (-1, head_dim)) for maps in (q, k))  # (B, N, d, H, W)
     wide = torch.promote_types(q.dtype, torch.float32)
     p = positions(q.shape[-2], q.shape[-1], like=q)
     query = q[..., ::stride, ::stride] * head_dim**-0.5  # (B, N, d, Ho, Wo)
@@ -58,9 +71,22 @@ def local_attention(
     for key, key_position in steps:
         content = (query * key).sum(2, dtype=wide)
         logits.append(content + (slope * (query_position - key_position)).sum(2))
-    attention = torch.stack(logits, 2).softmax(2).to(v.dtype)  # (B, N, K², Ho, Wo)
+    return torch.stack(logits, 2).softmax(2)
 
-    out = torch.zeros(query.shape, dtype=wide, device=q.device)
+
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, kernel_size: int, stride: int, dilation: int
+) -> Tensor:
+    """Sliding-window attention with reflection padding and linear relative positions; see the public operation.
+
+    The weighted sum is taken in float32 (float64 for float64) over the members one by one, as in
+    `local_attention_probabilities`.
+    """
+    kernel_size = _fitting(kernel_size, dilation, q)
+    attention = local_attention_probabilities(q, k, position_weight, kernel_size, stride, dilation).to(v.dtype)
+    v = v.unflatten(1, (-1, position_weight.shape[0]))  # (B, N, d, H, W)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros((), dtype=wide, device=q.device)
     for weight, value in zip(attention.unbind(2), _window(v, kernel_size, stride, dilation), strict=True):
         out = out + weight.unsqueeze(2) * value
     return out.to(v.dtype).flatten(1, 2)
@@ -79,8 +105,7 @@ def shift_conv(
 ) -> Tensor:
     """Fully connected layer over the map index, then a grouped convolution that shifts and sums."""
     kernel = shift_weight.shape[-1]
-    heads = fc_weight.shape[1] // 3
-    maps = torch.cat([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1)  # (B, 3N, d, H, W)
+    maps = torch.cat([q, k, v], 1).unflatten(1, (fc_weight.shape[1], -1))  # (B, 3N, d, H, W)
     mixed = torch.einsum("bmdyx,im->bdiyx", maps, fc_weight)
     if fc_bias is not None:
         mixed = mixed + fc_bias[:, None, None]

@@ -60,6 +60,13 @@ class ReportedElsewhere(Exception):
         self.status = status
 
 
+def whole_number(text: str) -> int:
+    """An argument that must be a whole number above 0: the `type` of an option."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
 def run_program(work: Callable[[], int], signals: "StopSignals | None" = None) -> int:
     """Call `work` and return the exit status of the process; an error becomes one message on stderr.
 

@@ -1,7 +1,7 @@
 """How the rows of a run read on a terminal or in a job's output."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,15 @@ def eval_line(row: Row) -> str:
     return f"{_where(row)}  evaluation: {accuracy}  loss {float(row['loss']):.4f}  ({row['count']:,} images)"
 
 
-def probe_line(step: int, layers: LayerRows) -> str:
-    """The stage means of what a probe measured in one line."""
-    means = {key: stage_means(layers, column) for key, column in measured(layers).items()}
-    shown = (
+def probe_line(step: int, layers: LayerRows, shown: Collection[str] | None = None) -> str:
+    """The stage means of what a probe measured, or of the keys `shown`, in one line."""
+    columns = {key: column for key, column in measured(layers).items() if shown is None or key in shown}
+    means = {key: stage_means(layers, column) for key, column in columns.items()}
+    texts = (
         f"stage {stage} " + "/".join(f"{by_stage.get(stage, math.nan):.3f}" for by_stage in means.values())
         for stage in sorted({layer["stage"] for layer in layers})
     )
-    return f"step {step}  {'/'.join(means)}: " + "  ".join(shown)
+    return f"step {step}  {'/'.join(means)}: " + "  ".join(texts)
 
 
 def end_line(run_dir: Path, row: Row) -> str:

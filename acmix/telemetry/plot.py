@@ -92,10 +92,37 @@ _PATHS = Layout(
 )
 
 
+WEIGHTS = _PATHS.columns[0]
+SHARE = Column("Effective share of attention", "share", (Curve(_measured("attention_share"), BLUE),), span=0.1)
+
+
+_SHARES = Layout(
+    "what attention and convolution add",
+    "block",
+    (
+        SHARE,
+        Column(
+            "High frequencies",
+            "share of the path's energy",
+            (
+                Curve(_measured("attention_high_share"), BLUE, "o", "-", "attention"),
+                Curve(_measured("convolution_high_share"), VERMILLION, "s", "--", "convolution"),
+            ),
+            span=0.1,
+        ),
+        Column("Attention entropy", "bits", (Curve(_measured("entropy_bits")),)),
+        Column("Attention distance", "pixels of the image", (Curve(_measured("distance_px")),)),
+    ),
+)
+_OF_SHARES = ("attention_share", "attention_high_share", "convolution_high_share", "entropy_bits", "distance_px")
+
+
 def layout(run: ProbeHistory) -> Layout:
-    """The picture of a run's probe: path weights have their own, any other probe gets one column for each key."""
+    """The picture of a run's probe: weights and shares of the paths have their own, others a column for each key."""
     if run.probe == "paths":
         return _PATHS
+    if run.probe == "path_shares" and run.values.keys() >= set(_OF_SHARES):
+        return _SHARES
     columns = (Column(key, key, (Curve(_measured(key)),)) for key in run.values)
     return Layout(run.probe, "layer", tuple(columns))
 
@@ -112,7 +139,7 @@ def draw(runs: Sequence[ProbeHistory], title: str | None = None) -> Figure:
         for i, column in enumerate(plan.columns):
             draw_depth(axes[0, i], column, runs, plan.unit)
             draw_course(axes[1, i], column, runs)
-        _add_legend(figure, axes[0, 0], axes[1, -1])
+        _add_legend(figure, [*axes[0], axes[1, -1]])
     return figure
 
 
@@ -239,7 +266,7 @@ def _mark_shortest(axis: Axes, runs: Sequence[ProbeHistory]) -> None:
         axis.text(end, 0.01, text, transform=axis.get_xaxis_transform(), ha="right", fontsize=8, color=GREY)
 
 
-def _add_legend(figure: Figure, curves: Axes, stages: Axes) -> None:
-    """One legend for the whole picture, below it: the curves keep their panels to themselves."""
-    lines = [*curves.get_legend_handles_labels()[0], *stages.get_legend_handles_labels()[0]]
+def _add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for what the axes label, below the picture: the curves keep their panels to themselves."""
+    lines = [line for axis in axes for line in axis.get_legend_handles_labels()[0]]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(8, len(lines)), handlelength=3)

@@ -6,7 +6,7 @@ always agree, each tag has one value per step, and what a kill cut from an event
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,15 @@ class RunLog:
             self._write("eval", row)
             self.line(eval_line(row))
 
-    def probe(self, name: str, step: int, rows: LayerRows, *, echo: bool = False) -> None:
-        """What the probe `name` measured after update `step`; with `echo` also its stage means on stdout."""
+    def probe(
+        self, name: str, step: int, rows: LayerRows, *, echo: bool = False, shown: Collection[str] | None = None
+    ) -> None:
+        """What the probe `name` measured after update `step`; with `echo` also the stage means of `shown` on stdout."""
         if self.enabled and rows:
             layers = plain(rows)
             self._write(name, {"step": step, "layers": layers})
-            if echo:
-                self.line(probe_line(step, layers))
+            if echo and shown != ():
+                self.line(probe_line(step, layers, shown))
 
     def event(self, name: str, row: Row) -> None:
         """Any other event worth a row, such as skipped updates or unreadable images; needs `step`."""

@@ -12,6 +12,7 @@ import pytest
 import torchvision
 
 from acmix.config import Config
+from acmix.data.arrays import read_digits
 from acmix.data.datasets import build_source, build_sources
 from acmix.data.images import BadImage
 from acmix.errors import UserError
@@ -32,6 +33,22 @@ def test_digits_have_a_fixed_stratified_split(make_config: MakeConfig) -> None:
     pixels = [source.load(7)[0].tobytes() for source in (train, again)]
     assert pixels[0] == pixels[1]
     assert len({train.load(i)[0].tobytes() for i in range(50)} & {val.load(i)[0].tobytes() for i in range(50)}) == 0
+
+
+def test_digits_are_kept_between_runs_and_a_damaged_file_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = read_digits()
+    monkeypatch.setenv("ACMIX_CACHE", str(tmp_path))
+    read_digits.cache_clear()
+    read_digits()
+    [file] = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole, whole[:1000], b"", whole[:300] + b"\xff" + whole[301:]):
+        file.write_bytes(damaged)
+        read_digits.cache_clear()
+        assert all(np.array_equal(a, b) for a, b in zip(read_digits(), expected, strict=True))
+        assert file.read_bytes() == whole
 
 
 def test_folders_work_under_all_their_names(tmp_path: Path, make_folder: MakeFolder, make_config: MakeConfig) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from acmix.checkpoint.atomic import CRASH_POINTS
+from acmix.data.prepare import Options, prepare
+from scripts.prepare_data import open_splits
 
 PROMISE = "Resumed with --resume auto, the run ends bit-identical to one that was never killed, every step logged once"
 EVERYTHING = [
@@ -26,7 +28,7 @@ _LONG = [pytest.mark.drill, pytest.mark.timeout(3000)]
         pytest.param(3, 1, 0, "resident", id="one process"),
         *(
             pytest.param(kills, ranks, workers, loader, id=f"{name}, {loader}", marks=_LONG)
-            for loader in ("workers", "resident")
+            for loader in ("workers", "resident", "workers, from shards")
             for kills, ranks, workers, name in ((35, 1, 0, "one process, often"), (20, 2, 2, "two processes"))
         ),
     ],
@@ -35,7 +37,10 @@ def test_trainers_killed_at_random_instants(
     kills: int, ranks: int, workers: int, loader: str, tmp_path: Path, start_training: Any, run_training: Any,
     assert_same_run: Callable[[Path, Path], None], report: Callable[..., None],
 ) -> None:  # fmt: skip
-    options = [*EVERYTHING, f"data.num_workers={workers}", f"data.loader={loader}"]
+    options = [*EVERYTHING, f"data.num_workers={workers}", f"data.loader={loader.partition(',')[0]}"]
+    if "shards" in loader:
+        prepare(open_splits(Path("digits"), ["data.dataset=digits"]), tmp_path / "shards", Options(shards=3))
+        options += ["data.dataset=wds/digits", f"data.root={tmp_path / 'shards'}"]
     began = time.monotonic()
     run_training(tmp_path / "whole", *options, ranks=ranks)
     whole_run = time.monotonic() - began

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from acmix import ACmix
 from acmix.config import Config
 from acmix.data.loader import Batch
 from acmix.data.transforms import build_mixup
@@ -285,3 +286,42 @@ class TwoHeaded(nn.Module):
 def test_a_network_of_several_outputs_in_training_is_refused(build: Build) -> None:
     with pytest.raises(UserError, match=r"^model\.name: test gives a tuple in training"):
         build(TwoHeaded().train()).gradients([make_batch(4)], 1)
+
+
+def test_path_weights_are_frozen_for_their_epochs_and_then_learned_as_from_the_start(build: Build) -> None:
+    def make(**optimizer: float) -> Learner:
+        torch.manual_seed(3)
+        block = ACmix(3, 4, heads=2, kernel_att=3)
+        model = nn.Sequential(block, nn.Flatten(), nn.Linear(4 * 64, CLASSES)).double()
+        options = {"name": "adamw", "lr": 0.01, "clip_grad": 1.0, **optimizer}
+        return build(model, optimizer=options, schedule={"epochs": 3, "warmup_epochs": 0.0})
+
+    def step(learner: Learner, number: int) -> float:
+        learner.gradients([make_batch(8, number)], number)
+        learner.update(number)
+        return float(learner.model[0].mix.alpha.detach())
+
+    learner = make(path_freeze_epochs=0.2)  # two of ten updates
+    bias = learner.model[0].qkv.bias.detach().clone()
+    assert [step(learner, 1), step(learner, 2)] == [0.5, 0.5]
+    assert not torch.equal(learner.model[0].qkv.bias, bias)
+    resumed = make(path_freeze_epochs=0.2)
+    resumed.load(learner.model.state_dict(), None, deepcopy(learner.training_state()))
+    moved = step(learner, 3)
+    assert moved == pytest.approx(0.5 + 0.01 * (1 if moved > 0.5 else -1), rel=1e-3)  # AdamW's first step is the rate
+    assert step(resumed, 3) == moved
+    assert torch.equal(weights(resumed), weights(learner))
+    assert step(make(), 1) != 0.5
+
+
+def test_path_weights_decay_only_as_asked(build: Build) -> None:
+    values = []
+    for decay in (0.0, 0.5):
+        torch.manual_seed(3)
+        model = nn.Sequential(ACmix(3, 4, heads=2, kernel_att=3), nn.Flatten(), nn.Linear(4 * 64, CLASSES)).double()
+        options = {"name": "momentum", "lr": 0.01, "weight_decay": 0.3, "path_weight_decay": decay}
+        learner = build(model, optimizer=options, schedule={"epochs": 3, "warmup_epochs": 0.0})
+        learner.gradients([make_batch(8)], 1)
+        learner.update(1)
+        values.append(float(model[0].mix.alpha.detach()))
+    assert values[1] - values[0] == pytest.approx(-0.01 * 0.5 * 0.5, rel=1e-6)

@@ -40,7 +40,13 @@ def paths_of_ours(base: type[Path] = Path) -> list[type[Path]]:
 
 
 def test_the_paths_of_ours_are_all_found():
-    assert {path.__name__ for path in paths_of_ours()} == {"LocalAttention", "WindowAttention", "ShiftConv"}
+    assert {path.__name__ for path in paths_of_ours()} == {
+        "LocalAttention",
+        "PatchwiseAttention",
+        "ReducedAttention",
+        "ShiftConv",
+        "WindowAttention",
+    }
 
 
 @pytest.mark.parametrize("path", [*paths_of_ours(), RowAttention])

@@ -17,7 +17,14 @@ from acmix.layers.convolution import one_hot_shifts
 
 RESNET = ("acmix_resnet26", {"base_width": 8, "stem": "cifar", "kernel_att": 3})
 SWIN = ("acmix_swin_tiny", {"embed_dim": 8, "heads": (1, 2, 2, 4), "img_size": 32, "patch_size": 2, "window_size": 4})
-SMALL = pytest.mark.parametrize(("name", "kwargs"), [RESNET, SWIN], ids=["resnet", "swin"])
+PVT = ("acmix_pvt_tiny", {"embed_dims": (8, 8, 16, 16), "heads": (1, 1, 2, 2), "img_size": 32, "patch_size": 2})
+SAN = ("acmix_san10", {"base_width": 16, "stem": "cifar", "kernel_att": (3, 3, 3, 3, 7), "layers": (1, 1, 1, 1, 1)})
+SMALL = pytest.mark.parametrize(("name", "kwargs"), [RESNET, SWIN, PVT, SAN], ids=["resnet", "swin", "pvt", "san"])
+FEWER = pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [RESNET, SWIN, PVT, pytest.param(*SAN, marks=pytest.mark.slow)],  # dear for five stages
+    ids=["resnet", "swin", "pvt", "san"],
+)
 SIZE = 32
 
 
@@ -28,6 +35,11 @@ def build(name: str, kwargs: dict, **more) -> nn.Module:
 
 def images(*shape: int) -> torch.Tensor:
     return torch.randn(*(shape or (2, 3, SIZE, SIZE)), generator=torch.Generator().manual_seed(1))
+
+
+def learned_mixes(model: nn.Module) -> list[PathMix]:
+    """All but the last of a PVT, whose last block has no convolution path."""
+    return [module for module in model.modules() if isinstance(module, PathMix) and module.mode == "learned"]
 
 
 @pytest.mark.parametrize(
@@ -59,10 +71,10 @@ def test_a_training_step_reaches_every_parameter(name, kwargs):
 def test_initialisation_keeps_the_shifts_and_the_half_weights(name, kwargs):
     model = build(name, kwargs)
     convolutions = [module for module in model.modules() if isinstance(module, ShiftConv)]
-    assert len(convolutions) == len([module for module in model.modules() if isinstance(module, PathMix)]) > 0
+    assert len(convolutions) == len(learned_mixes(model)) > 0
     for conv in convolutions:
         assert torch.equal(conv.shift_weight, one_hot_shifts(len(conv.shift_weight), 3))
-    for mix in (module for module in model.modules() if isinstance(module, PathMix)):
+    for mix in learned_mixes(model):
         assert (float(mix.alpha), float(mix.beta)) == (0.5, 0.5)
 
 
@@ -81,7 +93,7 @@ def test_path_weights_are_never_decayed(name, kwargs):
 def test_stages_are_numbered_from_one_in_depth_order(name, kwargs):
     stages = [module.stage for module in build(name, kwargs).modules() if isinstance(module, PathMix)]
     assert stages == sorted(stages)
-    assert set(stages) == {1, 2, 3, 4}
+    assert set(stages) == set(range(1, 6 if name == SAN[0] else 5))
 
 
 @SMALL
@@ -163,7 +175,7 @@ def test_layer_decay_orders_the_parameters_from_stem_to_head(name, kwargs):
     groups = param_groups_layer_decay(model, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
     scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     first, *_, last = model.parameters()
-    mixes = [module for module in model.modules() if isinstance(module, PathMix)]
+    mixes = learned_mixes(model)
     assert scale[id(first)] < scale[id(mixes[0].alpha)] < scale[id(mixes[-1].alpha)] < scale[id(last)]
 
 
@@ -193,7 +205,7 @@ def test_weights_load_with_plain_timm_and_copies_are_independent(name, kwargs):
     torch.testing.assert_close(again(images()), model(images()))
 
 
-@SMALL
+@FEWER
 def test_a_network_of_meta_or_fake_tensors_runs_forward_and_backward(name, kwargs):
     for mode, device in ((nullcontext(), "meta"), (FakeTensorMode(), "cpu")):
         with mode, torch.device(device):
@@ -217,7 +229,7 @@ def test_a_network_built_on_the_meta_device_works_once_its_weights_are_loaded(na
     torch.testing.assert_close(empty(images()), model(images()))
 
 
-@SMALL
+@FEWER
 def test_a_traced_network_gives_the_same_logits(name, kwargs):
     model = build(name, kwargs).eval()
     traced = torch.jit.trace(model, images())
@@ -225,7 +237,7 @@ def test_a_traced_network_gives_the_same_logits(name, kwargs):
         torch.testing.assert_close(traced(x), model(x))
     for size in ((48, 40), (2 * SIZE, 2 * SIZE), (SIZE + 1, SIZE)):
         x = images(2, 3, *size)
-        if name == RESNET[0]:
+        if name in (RESNET[0], SAN[0]):
             torch.testing.assert_close(traced(x), model(x))
         else:
             with pytest.raises(RuntimeError, match=r"with_fixed_size[\s\S]*expanded size"):

@@ -113,6 +113,19 @@ def test_results_do_not_depend_on_the_tile(tile: tuple[int, int], monkeypatch: p
         assert_parity(Case(2, 8, 13, 17, kernel_size=5, stride=stride, dilation=dilation), "tiled")
 
 
+class ValuesAlike(Case):
+    """Values that differ between pixels by a thirtieth of their size, so that gradients of logits nearly cancel."""
+
+    def inputs(self) -> list[Tensor]:
+        q, k, v, position, grad_out = super().inputs()
+        return [q, k, v + 30 * torch.linspace(-1, 1, v.shape[1])[:, None, None], position, grad_out]
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_values_that_are_nearly_alike_cost_no_precision(impl: str) -> None:
+    assert_parity(ValuesAlike(heads=4, head_dim=16, height=14, width=14, kernel_size=7), impl)
+
+
 @needs_compiler
 @pytest.mark.parametrize("head_dim", [4, 16])
 def test_cpp_gives_the_same_bits_for_any_number_of_threads(head_dim: int) -> None:

@@ -211,3 +211,28 @@ def test_a_call_that_cannot_work_says_why_and_what_to_do(changes: dict[str, obje
     arguments |= {"fc_weight": torch.zeros(9, 6), "shift_weight": torch.zeros(8, 9, 3, 3)}
     with pytest.raises(ValueError, match=message):
         shift_conv(**(arguments | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("impl", ["auto", "unfolded", "folded"])
+@pytest.mark.parametrize("widths", [(1, 1, 4), (3, 0, 0), (0, 2, 1)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_maps_of_different_counts_give_what_the_reference_gives(impl: str, widths: tuple, channels_last: bool) -> None:
+    generator, d, heads = torch.Generator().manual_seed(0), 4, 2
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    maps = torch.randn(2, sum(widths) * d, 6, 5, generator=generator, dtype=torch.float64).to(memory_format=layout)
+    weights = [torch.randn(s, generator=generator).double() for s in ((9, sum(widths)), (heads * d, 9, 3, 3))]
+    leaves = [t.requires_grad_() for t in (maps, *weights)]
+    results = []
+    for name in (impl, "reference"):
+        out = shift_conv(*leaves[0].split([d * n for n in widths], 1), *leaves[1:], stride=2, impl=name)
+        assert out.shape == (2, heads * d, 3, 3)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
+
+
+def test_maps_of_different_counts_are_refused_where_they_do_not_fit() -> None:
+    q, v = torch.zeros(1, 4, 5, 5), torch.zeros(1, 16, 5, 5)
+    with pytest.raises(ValueError, match="4, 4 and 16 channels and an output of 8 do not divide into maps"):
+        shift_conv(q, q, v, torch.zeros(9, 5), torch.zeros(8, 9, 3, 3))
+    with pytest.raises(ValueError, match="as many heads each only"):
+        shift_conv(q, q, v, torch.zeros(9, 6), torch.zeros(8, 9, 3, 3), impl="dense")

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from acmix.layers.attention.base import AttentionPath
+from acmix.layers.attention.probabilities import AttentionProbabilities
 from acmix.layers.path import ParityCase, strided_numel
 from acmix.ops import local_attention
 from acmix.ops.implementations import Window
+from acmix.ops.reference import local_attention_probabilities, window_positions
 
 
 class LocalAttention(AttentionPath):
@@ -53,6 +55,16 @@ class LocalAttention(AttentionPath):
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`acmix.ops.reference.local_attention`."""
         return self._attend(q, k, v, "reference")
+
+    def attention_probabilities(self, q: Tensor, k: Tensor) -> AttentionProbabilities:
+        """The softmax over the K² members of each window; a border window sees some pixels twice, by reflection."""
+        height, width = q.shape[-2:]
+        window = self.window.on(height, width)
+        sizes = (window.kernel_size, window.stride, window.dilation)
+        weights = local_attention_probabilities(q, k, self.position_weight, *sizes).flatten(3).mT
+        keys = window_positions(height, width, *sizes, device=q.device).flatten(2)  # (2, K², Q)
+        queries = keys[:, window.kernel_size**2 // 2].T  # the middle of a window is its query
+        return AttentionProbabilities(weights, queries, keys.permute(2, 1, 0), keys.new_ones(keys.shape[:0:-1]).bool())
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
         return local_attention(

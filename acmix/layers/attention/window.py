@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx import Proxy
 
 from acmix.layers.attention.base import AttentionPath
+from acmix.layers.attention.probabilities import AttentionProbabilities
 from acmix.layers.derived import DerivedBuffers
 from acmix.layers.fixed_size import with_fixed_size
 from acmix.layers.path import ParityCase
@@ -90,14 +91,29 @@ class WindowAttention(DerivedBuffers, AttentionPath):
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q kᵀ / sqrt(d) + bias) v in every window, with the windows cut out by `unfold`."""
-        size = (q.shape[-2], q.shape[-1])
-        window, head = self.window_size, (self.heads, self.head_dim, -1)
-        # (B, N, d, area, windows)
-        q, k, v = (F.unfold(m, window, stride=window).unflatten(1, head) for m in (q, k, v))
-        logits = torch.einsum("bndiw,bndjw->bwnij", q * self.head_dim**-0.5, k)
-        attention = (logits + self.bias(*size)).softmax(-1).to(v.dtype)
-        out = torch.einsum("bwnij,bndjw->bndiw", attention, v)
-        return F.fold(out.flatten(1, 3), size, window, stride=window)
+        attention = self._softmax(q, k).to(v.dtype)
+        out = torch.einsum("bwnij,bndjw->bndiw", attention, self._unfolded(v))
+        return F.fold(out.flatten(1, 3), (q.shape[-2], q.shape[-1]), self.window_size, stride=self.window_size)
+
+    def attention_probabilities(self, q: Tensor, k: Tensor) -> AttentionProbabilities:
+        """The softmax of every pixel over its window, window by window; rows and columns are those of the shifted map.
+
+        Members that the shift mask forbids have next to no weight.
+        """
+        height, width = q.shape[-2:]
+        area = self.window_size[0] * self.window_size[1]
+        weights = self._softmax(q, k).transpose(1, 2).flatten(2, 3)  # (B, N, windows * area, area)
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        rows = torch.arange(height, dtype=weights.dtype, device=q.device)[:, None].expand(height, width)
+        columns = torch.arange(width, dtype=weights.dtype, device=q.device).expand(height, width)
+        pixels = torch.stack([rows, columns])[:, None]
+        members = F.unfold(pixels, self.window_size, stride=self.window_size).permute(2, 1, 0)  # (windows, area, 2)
+        keys = members[:, None].expand(-1, area, -1, -1).flatten(0, 1)
+        mask = self._mask(height, width)
+        reachable = torch.ones(keys.shape[:2], dtype=torch.bool, device=q.device)
+        if mask is not None:
+            reachable = (mask.to(q.device) == 0).flatten(0, 2)
+        return AttentionProbabilities(weights, members.flatten(0, 1), keys, reachable)
 
     def multiply_adds(self, shape: Sequence[int]) -> int:
         """Every pixel attends to its window, and is projected."""
@@ -119,11 +135,8 @@ class WindowAttention(DerivedBuffers, AttentionPath):
         area = self.window_size[0] * self.window_size[1]
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         bias = bias.view(area, area, self.heads).permute(2, 0, 1)[None]
-        if not any(self.shift):
-            return bias
-        if self.shift_mask is not None and self.mask_resolution == (height, width):
-            return bias + self.shift_mask
-        return bias + self._make_mask(height, width).to(bias)
+        mask = self._mask(height, width)
+        return bias if mask is None else bias + mask.to(bias)
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.window_size
@@ -142,6 +155,24 @@ class WindowAttention(DerivedBuffers, AttentionPath):
         rows, columns = self.window_size
         x = windows.reshape(-1, height // rows, width // columns, self.heads, rows, columns, self.head_dim)
         return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, self.heads * self.head_dim).permute(0, 3, 1, 2)
+
+    def _softmax(self, q: Tensor, k: Tensor) -> Tensor:
+        """softmax(q kᵀ / sqrt(d) + bias): (B, windows, N, area, area)."""
+        logits = torch.einsum("bndiw,bndjw->bwnij", self._unfolded(q) * self.head_dim**-0.5, self._unfolded(k))
+        return (logits + self.bias(q.shape[-2], q.shape[-1])).softmax(-1)
+
+    def _unfolded(self, maps: Tensor) -> Tensor:
+        """(B, N * d, H, W) to (B, N, d, area, windows)."""
+        windows = F.unfold(maps, self.window_size, stride=self.window_size)
+        return windows.unflatten(1, (self.heads, self.head_dim, -1))
+
+    def _mask(self, height: int, width: int) -> Tensor | None:
+        """The shift mask of an H × W map, (windows, 1, area, area); None for plain windows."""
+        if not any(self.shift):
+            return None
+        if self.shift_mask is not None and self.mask_resolution == (height, width):
+            return self.shift_mask
+        return self._make_mask(height, width)
 
     def _make_mask(self, height: int, width: int) -> Tensor:
         """-100 between pixels of a window that the roll brought together from different regions, else 0."""

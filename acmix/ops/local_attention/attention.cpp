@@ -305,8 +305,8 @@ struct Backward : Task {
             T *dlogit = dlogits + i * K * K * LANES;
             // The weights sum to 1 but for rounding. The gradients of a query's logits must sum to 0: that of the position
             // weight adds them up times the place of the query.
-            Vec mean = load(dots[i]) / load(totals[i]);
-            softmax_backward(weights + i * K * K * LANES, dlogit, mean, alpha / LOG2E);
+            Vec total = load(totals[i]), mean = load(dots[i]) / total;
+            softmax_backward(weights + i * K * K * LANES, dlogit, mean, total, alpha / LOG2E);
             for (int64_t x = 0; x < tile.count(s); x++) dalpha[tile.head] += dots[i][x];
             gather(tile, i, dlogit, keys, scale, dqueries);
         }

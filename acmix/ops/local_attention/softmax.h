@@ -89,8 +89,12 @@ inline void add_products(int count, T *const *weights, T *const *grads, T *const
     }
 }
 
-// Gradients (K², LANES) of weights become scale * those of logits; `mean` is that of the gradients by the weights.
-inline void softmax_backward(const T *weights, T *grads, Vec mean, T scale) {
+// Gradients (K², LANES) of weights become scale * those of logits; `mean` is that of the gradients by the weights, whose
+// sum is `total`. The mean of what is left after it makes good its rounding, which counts where all values are alike.
+inline void softmax_backward(const T *weights, T *grads, Vec mean, Vec total, T scale) {
+    Vec left = {};
+    for (int i = 0; i < K * K; i++) left += (load(grads + i * LANES) - mean) * load(weights + i * LANES);
+    mean += left / total;
     for (int i = 0; i < K * K; i++) {
         Vec weight = load(weights + i * LANES) * scale;
         store(grads + i * LANES, (load(grads + i * LANES) - mean) * weight);

@@ -7,6 +7,7 @@ from acmix.ops.implementations import Implementation, Operation, Problem, compil
 # folded convolution in C++ runs so much nearer to what the processor can do that it wins up to 8 heads; measured.
 MAX_FOLDED_HEADS = 4
 MAX_CPP_HEADS = 8
+_EVEN = "it takes q, k and v of as many heads each only"
 
 
 def unfolded_declines(problem: Problem) -> str | None:
@@ -18,8 +19,15 @@ def unfolded_declines(problem: Problem) -> str | None:
 
 
 def cpp_refusal(problem: Problem) -> str | None:
-    """C++ needs the CPU and a compiler that accepts the source."""
+    """C++ needs q, k and v of one shape, the CPU and a compiler that accepts the source."""
+    if problem.uneven:
+        return _EVEN
     return native.refusal("shift_conv/convolution.cpp", problem.device, problem.dtype)
+
+
+def dense_refusal(problem: Problem) -> str | None:
+    """Its one weight is laid out for 3N maps."""
+    return _EVEN if problem.uneven else None
 
 
 def dense_declines(problem: Problem) -> str | None:
@@ -32,6 +40,6 @@ SHIFT_CONV = Operation(
     Implementation("unfolded", declines=unfolded_declines),
     Implementation("cpp", "acmix.ops.shift_conv.cpp", cpp_refusal, compilation_declines),
     Implementation("folded", "acmix.ops.shift_conv.folded"),
-    Implementation("dense", declines=dense_declines),
+    Implementation("dense", refusal=dense_refusal, declines=dense_declines),
     Implementation("reference"),
 )

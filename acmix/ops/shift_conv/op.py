@@ -1,5 +1,7 @@
 """The convolution path of the ACmix block: public operation, checks, folding, registration with torch.library."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,9 +10,9 @@ from acmix.ops import reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
 from acmix.ops.implementations import ALIASES, Problem, Window, announcing, transformed
 from acmix.ops.maps import (
+    are_uneven,
     autocast_dtype,
     cast_maps,
-    check_maps,
     empty_like_layout,
     is_channels_last,
     keepable,
@@ -39,7 +41,8 @@ def shift_conv(
     happens at every call, and both parameters are trained.
 
     Args:
-        q, k, v: Maps (B, N*d, H, W), channels (head, head_dim), any strides.
+        q, k, v: Maps (B, N*d, H, W), channels (head, head_dim), any strides. They may have other numbers of heads, of
+            one width d; read M, the maps of all three, for 3N then.
         fc_weight: (k², 3N): the layer over the map index, maps in the order q, k, v, heads within.
         shift_weight: (N*d, k², k, k): the grouped convolution, rows (head_dim, head), d groups.
         fc_bias: (k²,) or None; it passes through the zero-padded shift, so it is no constant near the border.
@@ -65,7 +68,7 @@ def shift_conv(
             )  # fmt: skip
     window = Window(shift_weight.shape[-1], stride, dilation)
     _check(q, k, v, fc_weight, shift_weight, fc_bias, bias)
-    choice = SHIFT_CONV.resolve(impl, Problem.of(q, fc_weight.shape[1] // 3, window))
+    choice = SHIFT_CONV.resolve(impl, _problem(q, k, v, fc_weight.shape[1], window))
     if choice in ("reference", "unfolded"):
         fc_weight, shift_weight = fc_weight.to(q.dtype), shift_weight.to(q.dtype)
         fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))
@@ -90,7 +93,7 @@ def grouped_conv(
     """What `shift_conv` folds into: one grouped convolution from the 3N maps to N, with a kernel of its own each.
 
     Args:
-        q, k, v: Maps (B, N*d, H, W), channels (head, head_dim), any strides.
+        q, k, v: Maps as for `shift_conv`, any strides.
         weight: (N*d, 3N, k, k): rows (head_dim, head), d groups; columns in the order q, k, v, heads within.
         stride, dilation: Of the convolution; its padding is dilation * (k // 2), zeros.
         impl: As for `shift_conv`; `unfolded` and `reference`, which have nothing to fold, are PyTorch's convolution.
@@ -105,17 +108,29 @@ def grouped_conv(
         q, k, v = cast_maps(dtype, q, k, v)
         with without_autocast(q):
             return grouped_conv(q, k, v, weight, stride=stride, dilation=dilation, impl=impl)
-    check_maps(q, k, v)
     window = Window(weight.shape[-1], stride, dilation)
-    if weight.shape[0] != q.shape[1] or weight.shape[1] % 3 or q.shape[1] % max(1, weight.shape[1] // 3):
+    if are_uneven(q, k, v):
+        _check_uneven(q, k, v, weight.shape[1], weight.shape[0])
+    elif weight.shape[0] != q.shape[1] or weight.shape[1] % 3 or q.shape[1] % max(1, weight.shape[1] // 3):
         raise ValueError(
             f"weight must be (channels, 3 * heads, k, k), got {tuple(weight.shape)} for {q.shape[1]} channels"
         )
-    choice = SHIFT_CONV.resolve(impl, Problem.of(q, weight.shape[1] // 3, window))
+    choice = SHIFT_CONV.resolve(impl, _problem(q, k, v, weight.shape[1], window))
     weight = weight.to(q.dtype)
     if choice in ("reference", "unfolded"):
         return convolve_plain(q, k, v, weight, stride, dilation)
     return _convolve(q, k, v, weight, window, choice)
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, maps: int, window: Window) -> Problem:
+    uneven = are_uneven(q, k, v)
+    heads = q.shape[1] // _width(q, k, v, maps) if uneven else maps // 3
+    return replace(Problem.of(q, heads, window), uneven=uneven)
+
+
+def _width(q: Tensor, k: Tensor, v: Tensor, maps: int) -> int:
+    """d, where q, k and v hold this many maps together."""
+    return (q.shape[1] + k.shape[1] + v.shape[1]) // maps
 
 
 def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, impl: str) -> Tensor:
@@ -124,19 +139,21 @@ def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, i
         return _convolve_dense(q, k, v, weight, window)
     if q.device.type != "cpu":
         return convolve_plain(q, k, v, weight, window.stride, window.dilation)
-    if impl == "folded" and is_channels_last(q):
-        heads = weight.shape[1] // 3
-        maps = _as_map(_side_by_side(q, k, v, heads))
-        return F.conv2d(maps, weight, None, window.stride, window.reach, window.dilation, weight.shape[0] // heads)
+    if impl == "folded" and is_channels_last(v):
+        head_dim = _width(q, k, v, weight.shape[1])
+        maps = _as_map(_side_by_side(q, k, v, head_dim))
+        return F.conv2d(maps, weight, None, window.stride, window.reach, window.dilation, head_dim)
+    if are_uneven(q, k, v):
+        return convolve_plain(q, k, v, weight, window.stride, window.dilation)
     return _forward(q, k, v, weight, window.stride, window.dilation, impl)
 
 
 def convolve_plain(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
     """The folded convolution over one reordered copy of q, k and v."""
-    heads = weight.shape[1] // 3
-    maps = torch.stack([m.unflatten(1, (heads, -1)) for m in (q, k, v)], 1).permute(0, 3, 1, 2, 4, 5).flatten(1, 3)
+    head_dim = _width(q, k, v, weight.shape[1])
+    maps = torch.cat([_in_heads(m, head_dim) for m in (q, k, v)], 1).transpose(1, 2).flatten(1, 2)
     padding = dilation * (weight.shape[-1] // 2)
-    return F.conv2d(maps, weight, None, stride, padding, dilation, weight.shape[0] // heads)
+    return F.conv2d(maps, weight, None, stride, padding, dilation, head_dim)
 
 
 def _unfolded(
@@ -151,15 +168,20 @@ def _unfolded(
     dilation: int,
 ) -> Tensor:
     """Both steps, the maps of a channel side by side: the first is one matrix product; the result is channels_last."""
-    maps = _side_by_side(q, k, v, fc_weight.shape[1] // 3)
+    maps = _side_by_side(q, k, v, _width(q, k, v, fc_weight.shape[1]))
     (mixed,) = keepable(_as_map(F.linear(maps, fc_weight, fc_bias)))
     padding = dilation * (shift_weight.shape[-1] // 2)
     return F.conv2d(mixed, shift_weight, bias, stride, padding, dilation, maps.shape[3])
 
 
-def _side_by_side(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
     """The 3N maps of each channel next to each other: (B, H, W, d, 3N), in one pass."""
-    return torch.cat([m.permute(0, 2, 3, 1).unflatten(3, (heads, -1)).mT for m in (q, k, v)], 4)
+    return torch.cat([_in_heads(m, head_dim).permute(0, 3, 4, 2, 1) for m in (q, k, v)], 4)
+
+
+def _in_heads(maps: Tensor, head_dim: int) -> Tensor:
+    """(B, N*d, H, W) as (B, N, d, H, W), also where N is 0."""
+    return maps.unflatten(1, (maps.shape[1] // head_dim, head_dim))
 
 
 def _as_map(side_by_side: Tensor) -> Tensor:
@@ -201,23 +223,35 @@ def _check(
     fc_bias: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    check_maps(q, k, v)
-    channels, kernel = q.shape[1], shift_weight.shape[-1]
+    uneven, kernel = are_uneven(q, k, v), shift_weight.shape[-1]
+    channels = shift_weight.shape[0] if uneven else q.shape[1]
     taps = kernel * kernel
     if tuple(shift_weight.shape) != (channels, taps, kernel, kernel):
         raise ValueError(
             f"shift_weight must be (channels, k², k, k) = {(channels, taps, kernel, kernel)} for {channels} channels "
             f"and k = {kernel}, got {tuple(shift_weight.shape)}"
         )
-    if fc_weight.dim() != 2 or fc_weight.shape[0] != taps or fc_weight.shape[1] % 3:
+    if fc_weight.dim() != 2 or fc_weight.shape[0] != taps or (fc_weight.shape[1] % 3 and not uneven):
         raise ValueError(f"fc_weight must be (k², 3 * heads) = ({taps}, 3 * heads), got {tuple(fc_weight.shape)}")
     heads = fc_weight.shape[1] // 3
-    if heads == 0 or channels % heads:
+    if uneven:
+        _check_uneven(q, k, v, fc_weight.shape[1], channels)
+    elif heads == 0 or channels % heads:
         raise ValueError(f"{channels} channels do not divide into {heads} heads (fc_weight's columns / 3)")
     if fc_bias is not None and tuple(fc_bias.shape) != (taps,):
         raise ValueError(f"fc_bias must be (k²,) = ({taps},), got {tuple(fc_bias.shape)}")
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"bias must be (channels,) = ({channels},), got {tuple(bias.shape)}")
+
+
+def _check_uneven(q: Tensor, k: Tensor, v: Tensor, maps: int, outputs: int) -> None:
+    """Raise ValueError unless q, k and v divide into this many maps of one width, and so does the output."""
+    widths = [m.shape[1] for m in (q, k, v)]
+    if maps == 0 or sum(widths) % maps or any(width % (sum(widths) // maps) for width in (*widths, outputs)):
+        raise ValueError(
+            f"q, k and v of {widths[0]}, {widths[1]} and {widths[2]} channels and an output of {outputs} do not divide "
+            f"into maps of one width, {maps} of them in q, k and v (the weight's columns)"
+        )
 
 
 def _empty_like(q: Tensor, height: int, width: int, impl: str) -> Tensor:

@@ -22,6 +22,7 @@ data: {dataset: digits, image_size: 24, batch_size: 8, val_batch_size: 120, num_
 schedule: {epochs: 1, steps: 9}
 run: {log_every: 2, threads: 1}
 """
+BUILT_IN = ("paths", "path_balance", "path_shares")
 OWN_TRAIN = """
 import sys
 
@@ -48,7 +49,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the test's probes afterwards."""
-    monkeypatch.setattr("acmix.telemetry.probes.probe._PROBES", {"paths": find_probes(["paths"])[0]})
+    monkeypatch.setattr("acmix.telemetry.probes.probe._PROBES", {probe.name: probe for probe in find_probes(BUILT_IN)})
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -114,14 +115,39 @@ def test_probes_change_nothing_of_the_training(train: Callable[..., int]) -> Non
 
     register_probe(Probe("noise", draws_numbers))
     assert train("run.dir=off", "run.probes=[]") == 0
-    assert train("run.dir=on", "run.probes=[noise, paths]") == 0
+    assert train("run.dir=on", "run.probes=[noise, paths, path_balance, path_shares]", "paths.every=2") == 0
     assert not probe_rows(Path("off"))
-    assert {row["event"] for row in probe_rows(Path("on"))} == {"noise", "paths"}
+    assert {row["event"] for row in probe_rows(Path("on"))} == {"noise", *BUILT_IN}
     off, on = (
         [(row["step"], row["loss"]) for row in rows_of(Path(run)) if row["event"] in ("train", "eval")]
         for run in ("off", "on")
     )
     assert off == on
+
+
+def test_shares_are_measured_on_the_same_images_whatever_is_resumed(
+    train: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("run.checkpoint_every=2", "paths.every=2", "paths.images=4")
+    assert train("run.dir=run", *arguments) == 0
+    rows = probe_rows(Path("run"))
+    assert [row["step"] for row in rows if row["event"] == "path_shares"] == [0, 2, 3]
+    assert [row["step"] for row in rows if row["event"] == "path_balance"] == [0, 1, 2, 3]
+    before, *after = [row["layers"] for row in rows if row["event"] == "path_balance"]
+    assert {layer["alpha_gradient"] for layer in before} == {None}
+    assert all(layer["alpha_gradient"] for layers in after for layer in layers)
+    lines = [line.split(": ")[0] for line in capfd.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines == [f"step {step}  {keys}" for step in (0, 3) for keys in ("alpha/beta", "attention_share")]
+    assert train("--resume", "run/checkpoints/step_00000002", *arguments) == 0
+    assert probe_rows(Path("run")) == rows
+
+
+def test_images_are_needed_at_both_ends_and_every_so_often_not_at_each_epoch() -> None:
+    (probe,) = find_probes(["path_shares"], images_every=100)
+    assert [step for step in range(0, 301, 50) if probe.is_due(step, logged=True, end=250)] == [0, 100, 200, 250, 300]
+    assert [step for step in range(0, 301, 50) if probe.is_due(step, logged=True)] == [0, 100, 200, 300]
+    (paths,) = find_probes(["paths"], images_every=100)
+    assert paths.is_due(50, logged=False, end=250)
 
 
 @pytest.mark.usefixtures("registry")
@@ -139,14 +165,17 @@ def test_a_probe_that_fails_ends_the_run_with_its_traceback(
 
 @pytest.mark.usefixtures("registry")
 def test_names_that_are_taken_are_refused_at_registration() -> None:
-    for name in ("paths", "train", "eval", "start", "end", "skip", "unread"):
+    for name in (*BUILT_IN, "train", "eval", "start", "end", "skip", "unread"):
         with pytest.raises(ValueError, match=name):
             register_probe(Probe(name, lambda model: []))
     with pytest.raises(ValueError, match="every"):
         register_probe(Probe("mine", lambda model: [], every=0))
     register_probe(Probe("mine", lambda model: []))
     assert [probe.name for probe in find_probes(["mine", "paths", "mine"])] == ["mine", "paths"]
-    with pytest.raises(UserError, match=r"run\.probes: unknown probe 'pats'; nearest: paths \(all: paths, mine\)"):
+    with pytest.raises(
+        UserError,
+        match=r"run\.probes: unknown probe 'pats'; nearest: paths \(all: paths, path_balance, path_shares, mine\)",
+    ):
         find_probes(["mine", "pats"])
 
 

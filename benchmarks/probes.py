@@ -1,0 +1,97 @@
+"""What the probes of a config cost, as a share of training time.
+
+    python -m benchmarks.probes --config FILE [--device cpu] [--rounds 7] [KEY.PATH=VALUE ...]
+
+Training steps and measurements take turns on random images of the config's size; medians, on one thread on a CPU. The
+share is a probe's time over that of the steps from one measurement to the next, `run.log_every` or `paths.every` of
+them; data loading, logging and checkpoints are left out, so in a whole run the share is smaller. Exit status: 0 done, 2
+bad usage or config.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from acmix import models
+from acmix.config import load_config
+from acmix.layers.mix import path_weights
+from acmix.process.program import Arguments, run_program, whole_number
+from acmix.telemetry.probes import find_probes
+from benchmarks.machine import machine_row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run_program(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Time steps and probes and print the figures; returns the exit status."""
+    parser = Arguments(
+        prog="python -m benchmarks.probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="config whose probes are timed")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the network is")
+    parser.add_argument("--rounds", type=whole_number, default=7, metavar="N", help="steps and measurements (7)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="config values to override")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.config, options.overrides)
+    device = torch.device(options.device)
+    torch.set_num_threads(1)
+
+    network = models.create_model(config.model.name, 10, image_size=config.data.size, **config.model.kwargs).to(device)
+    gradients = {name: torch.zeros((), device=device) for name in path_weights(network)}
+    given: dict[str, Any] = {"images": _images(config.paths.images, config, device), "gradients": gradients}
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
+    images = _images(config.data.batch_size, config, device)
+    targets = torch.arange(len(images), device=device) % 10
+
+    def step() -> None:
+        F.cross_entropy(network(images), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    probes = find_probes(config.run.probes, config.paths.every)
+    tasks: dict[str, Callable[[], Any]] = {"step": step}
+    tasks |= {probe.name: partial(probe.rows, network, given.__getitem__) for probe in probes}
+    seconds = _medians(tasks, options.rounds, device)
+    print(
+        f"{options.config}: a step of {len(images)} images takes {1e3 * seconds['step']:.1f} ms, {options.rounds} each"
+    )
+    total = 0.0
+    for probe in probes:
+        every = probe.every or config.run.log_every
+        share = seconds[probe.name] / (every * seconds["step"])
+        total += share
+        print(f"{probe.name}: {1e3 * seconds[probe.name]:.1f} ms every {every} steps, {share:.2%} of training")
+    print(f"all: {total:.2%}", *(f"{key}: {value}" for key, value in machine_row(device).items()), sep="\n")
+    return 0
+
+
+def _images(count: int, config: Any, device: torch.device) -> torch.Tensor:
+    return torch.randn(count, config.model.in_chans, *config.data.size, device=device)
+
+
+def _medians(tasks: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each task, in turns; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(rounds + 1):
+        for name, task in tasks.items():
+            began = time.perf_counter()
+            task()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
