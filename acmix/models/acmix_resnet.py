@@ -16,7 +16,6 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
