@@ -120,7 +120,9 @@ class ACmix(nn.Module):
             self._check(x)
         height, width = x.shape[-2:]
         qkv, (q, k, v) = self._maps(x)
-        if tokens is not None:
+        takes_tokens = getattr(self.attention, "takes_tokens", False)
+        # torch.fx puts a stand-in for every argument of the module that it traces, also where None is meant
+        if tokens is not None and (takes_tokens or not isinstance(tokens, Proxy)):
             return self._with_tokens(q, k, v, tokens)
         if traced or not self._can_fuse():
             attention = None if self.attention is None else self._crop(_call(self.attention, q, k, v), height, width)

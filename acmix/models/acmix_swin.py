@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, Mlp, PatchEmbed, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_module
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -307,7 +312,7 @@ class ACmixSwin(nn.Module):
         self.head = ClassifierHead(
             dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.init_weights()
         tie_path_weights(self)
 
@@ -404,7 +409,7 @@ class ACmixSwin(nn.Module):
             input_fmt=self.output_fmt,
         ).to(like.device, like.dtype)
         self.head.train(self.training)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
         self,

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from acmix.ops.implementations import Window
+
 Shape = tuple[int, ...]
 
 
 @register_flop_formula(torch.ops.acmix.local_attention)
 def local_attention_flops(q: Shape, k: Shape, v: Shape, position_weight: Shape, *options: Any, **_: Any) -> int:
     """K² products of width d for the logits and as many for the values, for each head and query."""
-    kernel_size, stride = options[:2]
-    return 4 * kernel_size**2 * _strided_numel(q, stride)
+    return 4 * _members(q, *options[:3]) * _strided_numel(q, options[1])
 
 
 @register_flop_formula(torch.ops.acmix.local_attention_backward)
 def local_attention_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
     """The gradients of both products."""
-    kernel_size = inputs[6]
-    return 8 * kernel_size**2 * prod(grad_out)
+    return 8 * _members(inputs[0], *inputs[6:9]) * prod(grad_out)
 
 
 @register_flop_formula(torch.ops.acmix.grouped_conv)
@@ -45,19 +45,17 @@ def grouped_conv_backward_flops(
 
 
 @register_flop_formula(torch.ops.acmix.local_mix)
-def local_mix_flops(
-    qkv: Shape, position_weight: Shape, weight: Shape, alpha: Shape, kernel_size: int, stride: int, *_: Any, **__: Any
-) -> int:
+def local_mix_flops(qkv: Shape, position_weight: Shape, weight: Shape, alpha: Shape, *options: Any, **_: Any) -> int:
     """Those of both operations."""
-    q = _one_of_three(qkv)
-    return 4 * kernel_size**2 * _strided_numel(q, stride) + 2 * _two_steps(q, weight, stride)
+    q, stride = _one_of_three(qkv), options[1]
+    return 4 * _members(q, *options[:3]) * _strided_numel(q, stride) + 2 * _two_steps(q, weight, stride)
 
 
 @register_flop_formula(torch.ops.acmix.local_mix_backward)
 def local_mix_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
     """The gradients of the same."""
-    qkv, _position, weight, _alpha, _lse, kernel_size, stride = inputs[:7]
-    return 8 * kernel_size**2 * prod(grad_out) + 4 * _two_steps(_one_of_three(qkv), weight, stride)
+    q, weight, options = _one_of_three(inputs[0]), inputs[2], inputs[5:8]
+    return 8 * _members(q, *options) * prod(grad_out) + 4 * _two_steps(q, weight, options[1])
 
 
 @register_flop_formula(torch.ops.acmix.patch_features)
@@ -82,6 +80,11 @@ def patch_aggregation_flops(v: Shape, hidden: Shape, weight: Shape, *_: Any, **_
 def patch_aggregation_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
     """The gradients of the same."""
     return 2 * patch_aggregation_flops(*inputs)
+
+
+def _members(q: Shape, kernel_size: int, stride: int, dilation: int) -> int:
+    """Pixels of a window of attention on these maps."""
+    return Window(kernel_size, stride, dilation).on(*q[2:]).kernel_size ** 2
 
 
 def _one_of_three(qkv: Shape) -> Shape:

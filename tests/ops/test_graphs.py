@@ -36,14 +36,27 @@ def test_inductor_compiles_training_on_one_image_of_any_size() -> None:
 
 
 def test_an_exported_block_takes_maps_of_any_size() -> None:
-    block = ACmix(3, 8, heads=2, kernel_att=3).eval()
+    block = ACmix(3, 8, heads=2, kernel_att=5).eval()
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.export.export(
         block, (torch.randn(2, 3, 6, 7),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
     )
-    for shape in ((2, 3, 6, 7), (3, 3, 5, 5), (4, 3, 40, 30)):
+    for shape in ((2, 3, 6, 7), (3, 3, 2, 2), (4, 3, 40, 30)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(program.module()(x), block(x))
+
+
+def test_one_compiled_graph_takes_maps_smaller_and_larger_than_the_window() -> None:
+    block = ACmix(3, 8, heads=2, impl="tiled")
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for size in ((9, 10), (3, 6), (2, 2)):
+        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        got, want = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, block))
+        torch.testing.assert_close(got, want)
+    assert graphs["unique_graphs"] == before + 1
 
 
 @pytest.mark.parametrize(

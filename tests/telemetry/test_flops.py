@@ -47,6 +47,11 @@ def test_a_block_counts_by_the_paper(block: dict[str, Any]) -> None:
     assert multiply_adds(ACmix(channels, channels, heads, **block), (channels, size, size)) == expected
 
 
+def test_a_window_that_shrinks_on_a_small_map_is_counted_as_it_is() -> None:
+    counts = [multiply_adds(ACmix(8, 8, 2, kernel_att=size), (8, 4, 3)) for size in (5, 7)]
+    assert counts[0] == counts[1]
+
+
 def test_counting_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     model[1].eval()

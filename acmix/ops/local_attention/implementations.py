@@ -26,7 +26,7 @@ def dense_declines(problem: Problem) -> str | None:
     if problem.any_size:
         return "it is faster on small maps only, and these may have any size"
     keys, members = problem.shape[2] * problem.shape[3], problem.window.kernel_size**2
-    limit, rival = members // 2 if problem.channels_last else max(members, 16), "cpp"
+    limit, rival = max(members // 2, 1) if problem.channels_last else max(members, 16), "cpp"
     if keys > limit and _CPP.auto_refusal(problem):
         limit, rival = (9 if problem.window.stride == 1 else 16) * members, "tiled"
     if keys > limit:
