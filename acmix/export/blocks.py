@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix.export.windows import WindowedAttention
+from acmix.export.windows import WindowedAttention, parts, position_term
 from acmix.layers import ACmix, LocalAttention, ShiftConv, WindowAttention
 from acmix.layers.inference import constant, exact, norm_constants
-from acmix.ops.reference import positions
 
 Size = tuple[int, int]
 
@@ -63,8 +62,7 @@ class FoldedLocalBlock(nn.Module):
             self.attention = WindowedAttention(attention.window, size)
             self.position_weight = constant(exact(attention.position_weight), like)
             if size is not None:
-                offset = positions(*size, like=exact(like)).flatten(1).T @ exact(attention.position_weight).T
-                self.offset = constant(offset, like)
+                self.offset = constant(position_term(exact(attention.position_weight), *size), like)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
@@ -77,19 +75,14 @@ class FoldedLocalBlock(nn.Module):
         if self.attention is None:
             assert convolved is not None
             return convolved
-        q, k, v = qkv.unflatten(1, (3, self.heads, self.head_dim)).flatten(4).mT.unbind(1)  # (B, N, H * W, d)
-        out = self.attention(q, k - self._position_offset(height, width, k), v, height, width)
-        size = self.attention.window.out_size(height, width)
+        q, k, v = qkv.unflatten(1, (-1, self.head_dim)).flatten(3).mT.chunk(3, 1)  # (B, N, H * W, d)
+        offset = position_term(self.position_weight, height, width) if self.offset is None else self.offset
+        out = self.attention(q, k - offset, v, height, width)
+        size = [parts(side, self.attention.window.stride) for side in (height, width)]
         out = out.mT.unflatten(3, size).flatten(1, 2)
         if self.gain is not None:
             out = self.gain * out
         return out if convolved is None else out + convolved
-
-    def _position_offset(self, height: int, width: int, like: Tensor) -> Tensor:
-        """P p of every pixel, (H * W, d): what a key's position takes from it, the query's cancelling in the softmax."""
-        if self.offset is not None:
-            return self.offset
-        return positions(height, width, like=like).flatten(1).T @ self.position_weight.T
 
 
 class FoldedWindowBlock(nn.Module):
@@ -151,9 +144,9 @@ class FoldedWindowBlock(nn.Module):
     def _attend(self, qkv: Tensor) -> Tensor:
         """(B, H, W, 3 * N * d) to (B, H, W, N * d), both padded."""
         (rows, columns), (height, width) = self.window, qkv.shape[1:3]
-        windows = qkv.view(-1, height // rows, rows, width // columns, columns, 3, self.heads, self.head_dim)
-        # (3, B, windows, N, pixels of a window, d)
-        q, k, v = windows.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 3).unbind(0)
+        windows = qkv.view(-1, height // rows, rows, width // columns, columns, 3 * self.heads, self.head_dim)
+        # (B, windows, N, pixels of a window, d)
+        q, k, v = windows.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2).chunk(3, 2)
         out = ((q @ k.mT) + self.mask).softmax(-1) @ v
         out = out.unflatten(3, (rows, columns)).unflatten(1, (height // rows, width // columns))
         return out.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)

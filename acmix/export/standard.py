@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from acmix.export.blocks import FoldedLocalBlock, FoldedWindowBlock, Size
-from acmix.export.windows import WindowedAttention
+from acmix.export.windows import WindowedAttention, parts, position_term
 from acmix.layers import ACmix, AttentionPath, LocalAttention, ShiftConv, WindowAttention
 from acmix.layers.inference import conv_norm_pairs, fuse, is_constant_norm
 from acmix.layers.mix import PathMix
 from acmix.layers.plain import is_plain
-from acmix.ops.reference import positions
 
 
 def standard(model: nn.Module, image: Tensor, *, fold: bool = True, any_size: bool = False) -> nn.Module:
@@ -53,10 +52,11 @@ class PlainLocalAttention(AttentionPath):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         height, width = q.shape[2:]
-        offset = positions(height, width, like=k).flatten(1).T @ self.position_weight.T
+        offset = position_term(self.position_weight, height, width)
         q, k, v = (m.unflatten(1, (self.heads, self.head_dim)).flatten(3).mT for m in (q, k, v))
         out = self.windows(q * self.head_dim**-0.5, k - offset, v, height, width)
-        return out.mT.unflatten(3, self.windows.window.out_size(height, width)).flatten(1, 2)
+        size = [parts(side, self.windows.window.stride) for side in (height, width)]
+        return out.mT.unflatten(3, size).flatten(1, 2)
 
 
 def _folded(block: ACmix, size: Size | None, norm: nn.BatchNorm2d | None) -> nn.Module | None:

@@ -56,6 +56,16 @@ class WindowedAttention(nn.Module):
         return out.flatten(2, 3).index_select(2, tables["order"])
 
 
+def position_term(position_weight: Tensor, height: int, width: int) -> Tensor:
+    """P p of every pixel: what its position takes from a key, (H * W, d), up to a vector that the softmax cancels.
+
+    The sizes may be symbols of a graph.
+    """
+    x, y = (torch.arange(side).to(position_weight) * (2 / torch.sym_max(side - 1, 1)) for side in (width, height))
+    along_x, along_y = (line[:, None] * weight for line, weight in zip((x, y), position_weight.T, strict=True))
+    return (along_y[:, None] + along_x).flatten(0, 1)
+
+
 def fitting_window(window: Window, height: int, width: int) -> Window:
     """The window, or on a map too small for it the largest that reflection at its border allows."""
     members = (min(height, width) - 1) // window.dilation
@@ -70,13 +80,13 @@ def strided_pixels(height: int, width: int, stride: int) -> Tensor:
 def tile_tables(height: int, width: int, window: Window) -> dict[str, Tensor]:
     """Indices into the pixels of a map for each tile, and which tile and place each query comes from.
 
-    queries: (T, t); keys: (T, L); bias: (t, L) or, where sizes are symbols of a graph, whatever broadcasts to it: 0
-    where the key lies in the query's window, -inf elsewhere; order: (Q,) into T * t.
+    queries: (T, t); keys: (T, L); bias: (t, L), 0 where the key lies in the query's window, -inf elsewhere;
+    order: (Q,) into T * t. The sizes may be symbols of a graph.
     """
     rows, columns = _axis(height, window), _axis(width, window)
-    down, across = len(rows["queries"]), len(columns["queries"])
+    down, across = rows["queries"].shape[0], columns["queries"].shape[0]
     place = torch.arange(down * across * TILE * TILE).view(down, across, TILE, TILE).transpose(1, 2).flatten(2)
-    out_height, out_width = window.out_size(height, width)
+    out_height, out_width = (parts(side, window.stride) for side in (height, width))
     inside = _members(window, height, width)
     return {
         "queries": _flat_tiles(rows["queries"], columns["queries"], width),
@@ -86,9 +96,15 @@ def tile_tables(height: int, width: int, window: Window) -> dict[str, Tensor]:
     }
 
 
+def parts(size: int, length: int) -> int:
+    """How many parts of this length cover a size, rounded up without a negative number, whose division ONNX rounds in
+    the other direction."""
+    return (size + length - 1) // length
+
+
 def _axis(size: int, window: Window) -> dict[str, Tensor]:
     """Along one axis, the pixels of each tile: queries (tiles, TILE), keys (tiles, halo), reflected at the border."""
-    count = -(-(-(-size // window.stride)) // TILE)
+    count = parts(parts(size, window.stride), TILE)
     start = torch.arange(count)[:, None] * (TILE * window.stride)
     queries = start + torch.arange(TILE) * window.stride
     keys = (start + torch.arange(-window.reach, (TILE - 1) * window.stride + window.reach + 1)).abs()
@@ -98,9 +114,11 @@ def _axis(size: int, window: Window) -> dict[str, Tensor]:
 
 def _members(window: Window, height: int, width: int) -> Tensor:
     """Whether a key of a tile (columns, row by row) is a member of a query's window (rows): (t, L)."""
+    # on a map too small for the window, reflection at the border allows a smaller one
+    most = torch.sym_min(window.kernel_size // 2, (torch.sym_min(height, width) - 1) // window.dilation)
     steps = torch.arange(-window.reach, (TILE - 1) * window.stride + window.reach + 1)
     offset = (steps - torch.arange(TILE)[:, None] * window.stride).abs()
-    near = (offset <= window.reach) & (offset % window.dilation == 0)
+    near = (offset <= most * window.dilation) & (offset % window.dilation == 0)
     return (near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
