@@ -84,15 +84,15 @@ def tile_tables(height: int, width: int, window: Window) -> dict[str, Tensor]:
     order: (Q,) into T * t. The sizes may be symbols of a graph.
     """
     rows, columns = _axis(height, window), _axis(width, window)
-    down, across = rows["queries"].shape[0], columns["queries"].shape[0]
-    place = torch.arange(down * across * TILE * TILE).view(down, across, TILE, TILE).transpose(1, 2).flatten(2)
-    out_height, out_width = (parts(side, window.stride) for side in (height, width))
+    y, x = (torch.arange(parts(side, window.stride)) for side in (height, width))
+    y, across = y[:, None], columns["queries"].shape[0]
+    tile, place = y // TILE * across + x // TILE, y % TILE * TILE + x % TILE
     inside = _members(window, height, width)
     return {
         "queries": _flat_tiles(rows["queries"], columns["queries"], width),
         "keys": _flat_tiles(rows["keys"], columns["keys"], width),
         "bias": torch.zeros(inside.shape).masked_fill(~inside, -math.inf),
-        "order": place.flatten(0, 1)[:out_height, :out_width].flatten(),
+        "order": (tile * TILE**2 + place).flatten(),
     }
 
 
@@ -114,11 +114,13 @@ def _axis(size: int, window: Window) -> dict[str, Tensor]:
 
 def _members(window: Window, height: int, width: int) -> Tensor:
     """Whether a key of a tile (columns, row by row) is a member of a query's window (rows): (t, L)."""
-    # on a map too small for the window, reflection at the border allows a smaller one
-    most = torch.sym_min(window.kernel_size // 2, (torch.sym_min(height, width) - 1) // window.dilation)
+    # On a map too small for the window, reflection at the border allows a smaller one. A number taken of symbolic sizes
+    # by `min` would tie the graph to them, so it is taken of tensors.
+    shorter = torch.minimum(torch.arange(height).amax(), torch.arange(width).amax())
+    reach = (shorter // window.dilation).clamp(max=window.kernel_size // 2) * window.dilation
     steps = torch.arange(-window.reach, (TILE - 1) * window.stride + window.reach + 1)
     offset = (steps - torch.arange(TILE)[:, None] * window.stride).abs()
-    near = (offset <= most * window.dilation) & (offset % window.dilation == 0)
+    near = (offset <= reach) & (offset % window.dilation == 0)
     return (near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
