@@ -46,7 +46,9 @@ class FoldedLocalBlock(nn.Module):
         self._set_attention(block.attention, size, like)
         self.convolution: _GroupedConv | None = None
         if block.convolution is not None:
-            weight = exact(block.convolution.folded_weight(beta)) * gain[:, None, None, None]
+            folded = block.convolution.folded_weight(beta)
+            assert folded is not None
+            weight = exact(folded) * gain[:, None, None, None]
             # rows (head_dim, head), columns the 3N maps of that place in a head
             weight = weight.unflatten(0, (self.head_dim, -1)) / factor.view(-1, self.head_dim).T[:, None, :, None, None]
             self.convolution = _GroupedConv(block.convolution, weight.flatten(0, 1), shift, like)
@@ -96,6 +98,8 @@ class FoldedWindowBlock(nn.Module):
         size: (H, W) of its input.
     """
 
+    mask: Tensor
+
     def __init__(self, block: ACmix, size: Size) -> None:
         super().__init__()
         attention, like = block.attention, block.qkv.weight
@@ -110,7 +114,8 @@ class FoldedWindowBlock(nn.Module):
         self.convolution: _GroupedConv | None = None
         if (convolution := block.convolution) is not None:
             rows.append(self._mixed(convolution, weight))
-            biases.append(self._mixed(convolution, bias, exact(convolution.fc_bias)))
+            fc_bias = None if convolution.fc_bias is None else exact(convolution.fc_bias)
+            biases.append(self._mixed(convolution, bias, fc_bias))
             self.convolution = _GroupedConv(convolution, beta * exact(convolution.shift_weight), None, like)
         self.weight, self.bias = constant(torch.cat(rows), like), constant(torch.cat(biases), like)
         self.proj_weight = constant(alpha * exact(attention.proj.weight), like)

@@ -6,7 +6,9 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -20,7 +22,8 @@ from acmix.telemetry.plot import BLUE, GREY, INK, STYLE
 Map = NDArray[np.floating]
 
 COLOURS = "viridis"  # perceptually uniform, and readable with any colour vision
-_PANEL, _LEFT, _HEAD = 1.75, 2.9, 1.05  # inches: a map, the column of the image, the headlines
+_IMAGE, _PANEL, _GAP, _MARGIN = 2.3, 1.6, 0.12, 0.2  # inches: the image, a map, between maps, around all
+_LABELS, _HEAD, _LINE, _SCALE = 1.2, 0.62, 0.34, 0.4  # the names of rows, headlines, a class, the scale of colours
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,33 @@ def draw_prediction(prediction: Prediction, preprocessing: Preprocessing, traine
     """The image as the network saw it, bars of its likely classes, and a column of maps for each stage with blocks."""
     views = stage_views(trained.model, prediction.image.to(trained.dist.device))
     rows = [row for row in _ROWS if any(getattr(view, row[0]) is not None for view in views)]
-    height = max(2.9, _HEAD + _PANEL * 1.12 * len(rows) + 0.45)
+    seen = _picture(prediction.image, preprocessing)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_LEFT + (_PANEL * 1.12 * len(views) + 0.75 if views else 0), height))
-        left_share = _LEFT / figure.get_figwidth()
-        seen = _picture(prediction.image, preprocessing)
-        _draw_classes(figure, prediction, seen, left_share)
-        if views:
-            _draw_stages(figure, views, rows, seen, left_share)
-    return figure
+        page = _Page(len(views), len(rows), len(prediction.top))
+        _draw_image(page, prediction, seen)
+        for column, view in enumerate(views):
+            _draw_stage(page, column, view, rows, seen)
+    return page.figure
+
+
+class _Page:
+    """A figure whose parts are placed in inches from its upper left corner."""
+
+    def __init__(self, columns: int, rows: int, classes: int) -> None:
+        left = _MARGIN + _HEAD + _IMAGE + _LINE * classes
+        right = _HEAD + rows * (_PANEL + _GAP) + _SCALE
+        self.width = 2 * _MARGIN + _IMAGE + (_LABELS + columns * (_PANEL + _GAP) if columns else 0.0)
+        self.height = max(left, right if columns else 0.0) + _MARGIN
+        self.figure = Figure(figsize=(self.width, self.height))
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes without ticks and frame."""
+        place = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
+        axis: Axes = self.figure.add_axes(place)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+        return axis
 
 
 def stage_views(model: nn.Module, image: Tensor) -> list[StageView]:
@@ -78,10 +99,8 @@ def stage_views(model: nn.Module, image: Tensor) -> list[StageView]:
     return [_view(stage, parent, block, seen) for stage, (parent, block) in sorted(blocks.items())]
 
 
-def _view(
-    stage: int, parent: nn.Module, block: ACmix, seen: dict[nn.Module, tuple[Tensor | None, ...]]
-) -> StageView:
-    alpha, beta = (float(weight) for weight in block.mix.weights())
+def _view(stage: int, parent: nn.Module, block: ACmix, seen: dict[nn.Module, tuple[Tensor | None, ...]]) -> StageView:
+    alpha, beta = (float(torch.as_tensor(weight).detach()) for weight in block.mix.weights())
     attention, convolution = seen[block.mix]
     given = convolution if attention is None else attention
     assert given is not None
@@ -131,69 +150,49 @@ _ROWS = (
 )
 
 
-def _draw_classes(figure: Figure, prediction: Prediction, seen: Map, share: float) -> None:
+def _draw_image(page: _Page, prediction: Prediction, seen: Map) -> None:
     """The image and, below it, a bar for each class."""
-    high = figure.get_figheight()
-    side = min(_LEFT - 0.5, high - 0.75 - 0.27 * len(prediction.top))
-    axis = figure.add_axes((0.2 / figure.get_figwidth(), 1 - (side + 0.4) / high, side / figure.get_figwidth(), side / high))
+    axis = page.axes(_MARGIN, _HEAD, _IMAGE, _IMAGE)
     axis.imshow(seen, interpolation="nearest")
-    axis.set_axis_off()
-    axis.set_title(_short(prediction.path.name, 34), fontsize=9, color=INK, pad=6)
-    bars = figure.add_axes(
-        (0.2 / figure.get_figwidth(), 0.15 / high, side / figure.get_figwidth(), 0.27 * len(prediction.top) / high)
-    )
+    axis.set_title(_short(prediction.path.name, 34), loc="left", fontsize=9, color=INK, pad=6)
+    count = len(prediction.top)
+    bars = page.axes(_MARGIN, _HEAD + _IMAGE + _MARGIN, _IMAGE, _LINE * count)
     for place, (name, probability) in enumerate(prediction.top):
-        bars.barh(place, probability, height=0.72, color=BLUE if place == 0 else "#B8D4E8")
-        bars.text(0.015, place, _short(name, 24), va="center", fontsize=8, color="white" if _fits(name, probability) else INK)
-        bars.text(1.0, place, f"{100 * probability:.1f} %", va="center", ha="right", fontsize=8, color=INK)
+        bars.barh([place + 0.33] * 2, [1, probability], height=0.12, color=["#E8E8E8", BLUE])
+        bars.text(0, place, _short(name, 26), va="center", fontsize=8.5, color=INK)
+        bars.text(1, place, f"{100 * probability:.1f} %", va="center", ha="right", fontsize=8.5, color=INK)
     bars.set_xlim(0, 1)
-    bars.set_ylim(len(prediction.top) - 0.5, -0.5)
-    bars.set_axis_off()
-
-
-def _fits(name: str, probability: float) -> bool:
-    return probability > 0.045 * min(24, len(name)) + 0.05
+    bars.set_ylim(count - 0.5, -0.5)
 
 
 def _short(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _draw_stages(figure: Figure, views: list[StageView], rows: list[tuple[str, str]], seen: Map, share: float) -> None:
-    high = figure.get_figheight()
-    grid = figure.add_gridspec(
-        len(rows) + 1, len(views),
-        left=share + 0.85 / figure.get_figwidth(), right=1 - 0.15 / figure.get_figwidth(),
-        top=1 - 0.62 / high, bottom=0.42 / high,
-        height_ratios=[*[1.0] * len(rows), 0.045], wspace=0.08, hspace=0.08,
-    )  # fmt: skip
-    for column, view in enumerate(views):
-        highest = max((float(m.max()) for m in (view.attention, view.convolution) if m is not None), default=1.0)
-        shown = None
-        for row, (name, label) in enumerate(rows):
-            axis = figure.add_subplot(grid[row, column])
-            values = getattr(view, name)
-            if name == "looks":
-                _draw_looks(axis, values, view.centre, seen)
-            elif values is not None:
-                shown = axis.imshow(values, cmap=COLOURS, vmin=0, vmax=highest or 1.0, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-            if column == 0:
-                axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8.5, color=INK, labelpad=6)
-            if row == 0:
-                _head(axis, view)
-        if shown is not None:
-            _scale(figure, grid[len(rows), column], shown, highest)
+def _draw_stage(page: _Page, column: int, view: StageView, rows: list[tuple[str, str]], seen: Map) -> None:
+    """A column of maps; those of what the paths give share their colours."""
+    x = 2 * _MARGIN + _IMAGE + _LABELS - _GAP + column * (_PANEL + _GAP)
+    highest = max((float(m.max()) for m in (view.attention, view.convolution) if m is not None), default=1.0)
+    shown = None
+    for row, (name, label) in enumerate(rows):
+        axis = page.axes(x, _HEAD + row * (_PANEL + _GAP), _PANEL, _PANEL)
+        values = getattr(view, name)
+        if name == "looks":
+            _draw_looks(axis, values, view.centre, seen)
+        elif values is not None:
+            shown = axis.imshow(values, cmap=COLOURS, vmin=0, vmax=highest or 1.0, interpolation="nearest")
+        if column == 0:
+            axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8.5, color=INK, labelpad=6)
+        if row == 0:
+            axis.set_title(_headline(view), loc="center", fontsize=9, color=INK, pad=6, linespacing=1.5)
+    if shown is not None:
+        axis = page.axes(x, _HEAD + len(rows) * (_PANEL + _GAP), _PANEL, 0.07)
+        _draw_scale(page.figure, axis, shown, highest)
 
 
-def _head(axis: Axes, view: StageView) -> None:
-    size = next(m for m in (view.attention, view.convolution) if m is not None).shape
-    axis.set_title(
-        f"stage {view.stage} · {size[0]}×{size[1]}\nα {view.alpha:.2f}   β {view.beta:.2f}",
-        loc="center", fontsize=9, color=INK, pad=5, linespacing=1.5,
-    )  # fmt: skip
+def _headline(view: StageView) -> str:
+    height, width = next(m for m in (view.attention, view.convolution) if m is not None).shape
+    return f"stage {view.stage} · {height}×{width}\nα {view.alpha:.2f}   β {view.beta:.2f}"
 
 
 def _draw_looks(axis: Axes, weights: Map | None, centre: tuple[int, int], seen: Map) -> None:
@@ -207,18 +206,20 @@ def _draw_looks(axis: Axes, weights: Map | None, centre: tuple[int, int], seen: 
     axis.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=box)
     share = np.clip(weights / max(float(weights.max()), 1e-12), 0, 1)
     colours = matplotlib.colormaps[COLOURS](share)
-    colours[..., 3] = np.where(share > 0, 0.35 + 0.55 * share, 0.0)
+    colours[..., 3] = 0.9 * share**0.35
     axis.imshow(colours, extent=box, interpolation="nearest")
+    rows, columns = np.nonzero(share.any(1))[0], np.nonzero(share.any(0))[0]
+    reach = (columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
+    axis.add_patch(Rectangle((columns[0] - 0.5, rows[0] - 0.5), *reach, fill=False, edgecolor=INK, linewidth=0.8))
     axis.plot(centre[1], centre[0], "+", color="white", markersize=9, markeredgewidth=3.2)
     axis.plot(centre[1], centre[0], "+", color="#D55E00", markersize=8, markeredgewidth=1.6)
 
 
-def _scale(figure: Figure, place: object, shown: object, highest: float) -> None:
-    """The colours of both paths' maps of a stage."""
-    axis = figure.add_subplot(place)  # type: ignore[call-overload]
-    bar = figure.colorbar(shown, cax=axis, orientation="horizontal", ticks=[0, highest])  # type: ignore[arg-type]
+def _draw_scale(figure: Figure, axis: Axes, shown: AxesImage, highest: float) -> None:
+    bar = figure.colorbar(shown, cax=axis, orientation="horizontal", ticks=[0, highest])
     bar.outline.set_visible(False)  # type: ignore[operator]
     axis.set_xticklabels(["0", f"{highest:.2g}"], fontsize=8, color=GREY)
     axis.tick_params(length=0, pad=2)
-    axis.get_xticklabels()[0].set_ha("left")
-    axis.get_xticklabels()[1].set_ha("right")
+    low, high = axis.get_xticklabels()
+    low.set_horizontalalignment("left")
+    high.set_horizontalalignment("right")

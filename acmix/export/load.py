@@ -19,7 +19,7 @@ from acmix.process.environment import set_up_torch
 
 @dataclass(frozen=True)
 class Trained:
-    """A network in evaluation mode, on the device of `dist`, with the config and the classes that it was trained for."""
+    """A network in evaluation mode, on the device of `dist`, with the config and classes that it was trained for."""
 
     path: Path
     config: Config

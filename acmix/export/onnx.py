@@ -42,29 +42,34 @@ def save_onnx(program: ExportedProgram, path: Path, metadata: Mapping[str, str],
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        converted = torch.onnx.export(
-            program,
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            opset_version=OPSET,
-            dynamic_shapes=(axes,),
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                opset_version=OPSET,
+                dynamic_shapes=(axes,),
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = one_line(error.__cause__ or error)
+            raise UserError(f"PyTorch cannot write this network as ONNX: {reason}; use --format pt2") from error
     assert converted is not None
     model = converted.model
-    others = {f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes() if node.domain not in ("", "ai.onnx")}
+    nodes = list(model.graph.all_nodes())
+    others = sorted({f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")})
     if others or model.functions:
-        raise UserError(f"the graph holds operators that are not standard: {', '.join(sorted(others))}; use --format pt2")
-    for node in model.graph.all_nodes():
+        raise UserError(f"operators that are not standard ONNX: {', '.join(others)}; use --format pt2")
+    for node in nodes:
         node.metadata_props.clear()  # stack traces, longer than the graph
         for value in node.outputs:
             value.metadata_props.clear()
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     converted.save(path, external_data=False)
-    return len(list(model.graph.all_nodes()))
+    return len(nodes)
 
 
 class OnnxNetwork:
@@ -82,7 +87,7 @@ class OnnxNetwork:
             options.intra_op_num_threads = threads
         try:
             self._session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its exceptions share no other base
+        except _refusals() as error:
             raise UserError(f"{path}: onnxruntime cannot read it: {one_line(error)}") from None
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         names = [entry.name for entry in self._session.get_inputs()]
@@ -92,3 +97,10 @@ class OnnxNetwork:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         logits: np.ndarray = self._session.run([OUTPUT], {INPUT: images})[0]
         return logits
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises for a file that it cannot load; these exceptions have no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as raised
+
+    return raised.Fail, raised.InvalidArgument, raised.InvalidGraph, raised.InvalidProtobuf, raised.NoSuchFile

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from acmix.config import Config
 from acmix.data.datasets import Statistics, statistics_of
@@ -52,5 +53,6 @@ class Preprocessing:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "Preprocessing":
         """What `metadata` was made from. Raises KeyError or ValueError for a file without it."""
-        values = {name: json.loads(metadata[name]) for name in cls.__dataclass_fields__}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values: dict[str, Any] = {name: json.loads(metadata[name]) for name in cls.__dataclass_fields__}
+        tuples = {name: tuple(values[name]) for name in ("size", "mean", "std")}
+        return cls(**(values | tuples))

@@ -27,7 +27,7 @@ def trace(model: nn.Module, images: Tensor, *, any_size: bool) -> ExportedProgra
     """
     dynamic = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {})}
     # without this a graph is for maps of more than one tile, or of just one, as the example has
-    any_count = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    any_count = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with torch.no_grad(), any_count, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(model, (images,), dynamic_shapes=(dynamic,))

@@ -29,6 +29,9 @@ class WindowedAttention(nn.Module):
         size: (H, W) of all maps; None for maps of any size.
     """
 
+    bias: Tensor
+    queries: Tensor
+
     def __init__(self, window: Window, size: tuple[int, int] | None) -> None:
         super().__init__()
         self.window, self.size = window, size
@@ -62,8 +65,8 @@ def position_term(position_weight: Tensor, height: int, width: int) -> Tensor:
     The sizes may be symbols of a graph.
     """
     x, y = (torch.arange(side).to(position_weight) * (2 / torch.sym_max(side - 1, 1)) for side in (width, height))
-    along_x, along_y = (line[:, None] * weight for line, weight in zip((x, y), position_weight.T, strict=True))
-    return (along_y[:, None] + along_x).flatten(0, 1)
+    along_x, along_y = torch.outer(x, position_weight[:, 0]), torch.outer(y, position_weight[:, 1])
+    return (along_y.unsqueeze(1) + along_x).flatten(0, 1)
 
 
 def fitting_window(window: Window, height: int, width: int) -> Window:
@@ -116,7 +119,7 @@ def _members(window: Window, height: int, width: int) -> Tensor:
     """Whether a key of a tile (columns, row by row) is a member of a query's window (rows): (t, L)."""
     # On a map too small for the window, reflection at the border allows a smaller one. A number taken of symbolic sizes
     # by `min` would tie the graph to them, so it is taken of tensors.
-    shorter = torch.minimum(torch.arange(height).amax(), torch.arange(width).amax())
+    shorter = torch.minimum(torch.arange(height).amax(0), torch.arange(width).amax(0))
     reach = (shorter // window.dilation).clamp(max=window.kernel_size // 2) * window.dilation
     steps = torch.arange(-window.reach, (TILE - 1) * window.stride + window.reach + 1)
     offset = (steps - torch.arange(TILE)[:, None] * window.stride).abs()
