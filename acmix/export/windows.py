@@ -64,7 +64,8 @@ def position_term(position_weight: Tensor, height: int, width: int) -> Tensor:
 
     The sizes may be symbols of a graph.
     """
-    x, y = (torch.arange(side).to(position_weight) * (2 / torch.sym_max(side - 1, 1)) for side in (width, height))
+    along = (torch.arange(side).to(position_weight) for side in (width, height))
+    x, y = (line.mul(2 / torch.sym_max(side - 1, 1)) for line, side in zip(along, (width, height), strict=True))
     along_x, along_y = torch.outer(x, position_weight[:, 0]), torch.outer(y, position_weight[:, 1])
     return (along_y.unsqueeze(1) + along_x).flatten(0, 1)
 
