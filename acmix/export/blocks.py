@@ -149,7 +149,7 @@ class FoldedWindowBlock(nn.Module):
     def _attend(self, qkv: Tensor) -> Tensor:
         """(B, H, W, 3 * N * d) to (B, H, W, N * d), both padded."""
         (rows, columns), (height, width) = self.window, qkv.shape[1:3]
-        windows = qkv.view(-1, height // rows, rows, width // columns, columns, 3 * self.heads, self.head_dim)
+        windows = qkv.view(qkv.shape[0], height // rows, rows, width // columns, columns, 3 * self.heads, self.head_dim)
         # (B, windows, N, pixels of a window, d)
         q, k, v = windows.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2).chunk(3, 2)
         out = ((q @ k.mT) + self.mask).softmax(-1) @ v

@@ -26,8 +26,8 @@ def trace(model: nn.Module, images: Tensor, *, any_size: bool) -> ExportedProgra
         torch._dynamo.exc.UserError: where the network's steps depend on a size that may be any.
     """
     dynamic = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {})}
-    # without this a graph is for maps of more than one tile, or of just one, as the example has
-    any_count = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    # without this a graph is for maps of several tiles, or of just one, as the example has
+    any_count = torch.fx.experimental._config.patch(backed_size_oblivious=any_size)  # type: ignore[attr-defined]
     with torch.no_grad(), any_count, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
