@@ -41,7 +41,7 @@ def save_program(program: ExportedProgram, path: Path, metadata: Mapping[str, st
 
 
 def load_program(path: Path) -> nn.Module:
-    """The network in a .pt2 file."""
+    """The network in a .pt2 file, as a reader of the file has it."""
     return torch.export.load(path).module()
 
 
