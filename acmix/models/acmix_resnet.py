@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion = 4
-    conv_norms = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))  # for acmix.fuse
+    conv_norms = (("conv1", "bn1"), ("acmix", "bn2"), ("conv2", "bn2"), ("conv3", "bn3"))  # for acmix.fuse
 
     def __init__(
         self,

@@ -1,0 +1,135 @@
+"""Export: trace, fold, write, check against PyTorch, and say what folding saved."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import UserError as TracingError
+from torch.export import ExportedProgram
+
+from acmix import __version__
+from acmix.checkpoint.atomic import replacing
+from acmix.errors import one_line
+from acmix.export.check import LIMIT, Run, largest_difference, median_milliseconds
+from acmix.export.load import Trained
+from acmix.export.onnx import OnnxNetwork, save_onnx
+from acmix.export.preprocessing import Preprocessing
+from acmix.export.program import count_nodes, load_program, save_program, trace
+from acmix.export.standard import standard
+from acmix.layers import WindowAttention
+from acmix.process.program import RunFailure
+
+Format = Literal["onnx", "pt2"]
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: number of operations, size, and what it computes."""
+
+    nodes: int
+    megabytes: float
+    run: Run
+
+
+def export(
+    trained: Trained, images: Tensor, form: Format, out: Path, *, fixed_size: bool = False, step: Step = lambda _: None
+) -> dict[str, Any]:
+    """Write the network to `out` once it has proved to compute the same; returns what `scripts/export.py` prints.
+
+    Args:
+        trained: The network; it is moved to the CPU.
+        images: At least three, (B, C, H, W), on which the file is checked.
+        form: `onnx` or `pt2`.
+        out: The file to write.
+        fixed_size: Take images of that one size only, also where the family allows any.
+        step: Told what is done next.
+
+    Raises:
+        RunFailure: where a logit differs by more than `check.LIMIT`; no file is left then.
+        UserError: where the file cannot be written, or packages are missing.
+    """
+    model = trained.model.float().cpu().eval()
+    metadata = _metadata(trained)
+    step("tracing")
+    program, any_size = _traced(model, images, not fixed_size and _allows_any_size(model))
+    with tempfile.TemporaryDirectory() as folder, replacing(out, make_parents=True) as temporary:
+        step("writing")
+        folded = _write(program, form, temporary, metadata, any_size)
+        step("checking")
+        difference = largest_difference(folded.run, model, images, any_size=any_size)
+        if difference > LIMIT:
+            raise RunFailure(
+                f"{out}: not written: its logits differ from PyTorch's by {difference:.1e}, more than {LIMIT:.0e}; try "
+                "--fixed-size, or the other --format"
+            )
+        step("measuring what folding saves")
+        unfolded = trace(standard(model, images, fold=False, any_size=any_size), images[:2], any_size=any_size)
+        plain = _write(unfolded, form, Path(folder, f"unfolded{out.suffix}"), metadata, any_size)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        times = median_milliseconds([folded.run, plain.run], images[:1])
+        torch.set_num_threads(threads)
+    return {
+        "out": str(out),
+        "format": form,
+        "checkpoint": str(trained.path),
+        "model": trained.config.model.name,
+        "classes": len(trained.classes),
+        "size": list(images.shape[2:]),
+        "dynamic": ["batch", "height", "width"] if any_size else ["batch"],
+        "largest_difference": difference,
+        **_cost(folded, times[0]),
+        "unfolded": _cost(plain, times[1]),
+    }
+
+
+def _cost(written: Written, milliseconds: float) -> dict[str, Any]:
+    return {
+        "nodes": written.nodes,
+        "megabytes": round(written.megabytes, 3),
+        "milliseconds": round(milliseconds, 3),
+    }
+
+
+def _metadata(trained: Trained) -> dict[str, str]:
+    return {
+        "classes": json.dumps(trained.classes),
+        **Preprocessing.of(trained.config).metadata(),
+        "model": trained.config.model.name,
+        "acmix": __version__,
+    }
+
+
+def _allows_any_size(model: nn.Module) -> bool:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    windows = any(isinstance(module, WindowAttention) for module in model.modules())
+    return not cfg.get("fixed_input_size") and not windows
+
+
+def _traced(model: nn.Module, images: Tensor, any_size: bool) -> tuple[ExportedProgram, bool]:
+    """The folded network's graph, and whether it takes images of any size."""
+    if any_size:
+        try:
+            return trace(standard(model, images, any_size=True), images[:2], any_size=True), True
+        except TracingError as error:
+            print(f"note: the size of images is fixed: {one_line(error)}", file=sys.stderr)
+    return trace(standard(model, images), images[:2], any_size=False), False
+
+
+def _write(program: ExportedProgram, form: Format, path: Path, metadata: dict[str, str], any_size: bool) -> Written:
+    run: Run
+    if form == "onnx":
+        nodes = save_onnx(program, path, metadata, any_size=any_size)
+        session = OnnxNetwork(path, threads=1)
+        run = lambda images: torch.from_numpy(session(images.numpy()))  # noqa: E731
+    else:
+        save_program(program, path, metadata)
+        nodes, run = count_nodes(program), load_program(path)
+    return Written(nodes, path.stat().st_size / 1e6, run)
