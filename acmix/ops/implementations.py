@@ -89,7 +89,7 @@ class Problem:
     uneven: bool = False
     """Whether q, k and v have different numbers of heads."""
     transformed: bool = False
-    """Whether torch.func or forward-mode AD takes part; see `transformed()`."""
+    """Whether torch.func, forward-mode AD or export to ONNX takes part; see `transformed()`."""
 
     @classmethod
     def of(cls, q: Tensor, heads: int, window: Window) -> "Problem":
@@ -121,12 +121,14 @@ class Problem:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode AD looks at every operation.
+    """Whether a transform of torch.func (vmap, grad, ...), forward-mode AD or export to ONNX looks at every operation.
 
-    They need batching rules and forward derivatives, which PyTorch's own operations have and a custom one has not: vmap
-    would fail on it, and a forward derivative would silently leave it out.
+    They need batching rules, forward derivatives and translations, which PyTorch's own operations have and a custom one
+    has not: vmap and the export would fail on it, and a forward derivative would silently leave it out.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    looked_at = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # asked first: the other takes microseconds
+    return looked_at or (traced and torch.onnx.is_in_onnx_export())
 
 
 def may_compile() -> bool:
@@ -169,7 +171,7 @@ class Implementation:
     def transform_refusal(self, problem: Problem) -> str | None:
         """Why it cannot run inside a transform of torch.func or forward-mode AD, or None."""
         if problem.transformed and self.module:
-            return "it lacks the rules of torch.func and forward-mode AD, which impl='reference' has"
+            return "it lacks the rules of torch.func, forward-mode AD and ONNX, which impl='reference' has"
         return None
 
     def auto_refusal(self, problem: Problem) -> str | None:

@@ -129,10 +129,11 @@ def test_lack_of_memory_names_the_batch_size(error: Exception) -> None:
 
 
 def test_ranks_refuse_together_with_one_message(tmp_path: Path, launcher: Any) -> None:
-    options = ["model.kwargs.in_chans=1", "run.device=cpu", "run.threads=1", f"run.dir={tmp_path / 'run'}"]
+    tiny = ["model.kwargs.stem=imagenet", "data.image_size=16", "data.batch_size=1"]  # 1 × 1 maps of one image
+    options = [*tiny, "run.device=cpu", "run.threads=1", f"run.dir={tmp_path / 'run'}"]
     command = [ROOT / "train.py", "--config", ROOT / "configs" / "quickstart.yaml", *options]
     ranks = launcher.start_ranks(2, *command)
     assert [rank.wait() for rank in ranks] == [2, 2]
     [line] = [line for rank in ranks for line in rank.errors.splitlines()]
-    assert line.startswith("error: model.kwargs.in_chans: ")
+    assert line.startswith("error: data.batch_size: with one image of 16 × 16")
     assert not (tmp_path / "run").exists()

@@ -76,7 +76,7 @@ def local_mix_refusal(
     if q.device.type != "cpu":
         return "it is written for the CPU"
     if transformed():
-        return "it lacks the rules of torch.func"
+        return "it lacks the rules of torch.func and ONNX"
     if attended.stride != convolved.stride or q.numel() == 0:
         return "the windows do not fit together, or the map is empty"
     attended = attended.on(*q.shape[2:])

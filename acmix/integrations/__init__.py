@@ -1,0 +1,1 @@
+"""The block inside other people's model builders, a file each."""
