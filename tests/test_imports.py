@@ -58,7 +58,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "acmix.process",
         "acmix.telemetry",
     ),
-    "acmix.report": ("acmix.checkpoint.atomic", "acmix.config", "acmix.process", "acmix.studies", "acmix.telemetry"),
     "acmix.integrations": ("acmix.layers", "acmix.ops"),
     "acmix.compat": ("acmix.layers",),
     "acmix.testing": ("acmix.layers", "acmix.ops"),
