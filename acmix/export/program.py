@@ -40,9 +40,9 @@ def save_program(program: ExportedProgram, path: Path, metadata: Mapping[str, st
         torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
 
 
-def load_program(path: Path) -> nn.Module:
-    """The network in a .pt2 file, as a reader of the file has it."""
-    return torch.export.load(path).module()
+def load_program(path: Path, *, check_guards: bool = True) -> nn.Module:
+    """The network in a .pt2 file; with `check_guards`, as by default, it refuses sizes that it was not traced for."""
+    return torch.export.load(path).module(check_guards=check_guards)
 
 
 def count_nodes(program: ExportedProgram) -> int:
