@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from acmix.process.program import Arguments, run_program, whole_number
 
@@ -47,19 +47,18 @@ def evaluate_from(options: argparse.Namespace) -> int:
 
     path, config_path = find_config(options.checkpoint, options.config)
     config = load_config(config_path, options.overrides)
-    from acmix import models
-    from acmix.checkpoint.weights import load_weights, pick_weights
+    from acmix.checkpoint.weights import pick_weights
     from acmix.data.loader import build_val, resolve_num_classes
     from acmix.engine.confusion import Confusion, PartOfClasses
     from acmix.engine.evaluate import evaluate
     from acmix.engine.outputs import Outputs
     from acmix.engine.path_report import report_paths
     from acmix.engine.proof import memory_explained, prove
+    from acmix.export.load import build_network
     from acmix.process.distributed import Distributed
     from acmix.process.environment import set_up_torch
 
     outputs = Outputs(options.json, options.report)
-    kwargs: dict[str, Any] = config.model.kwargs | {"image_size": config.data.size, "pretrained": False}
     with Distributed.start(config.run) as dist, memory_explained(config):
         dist.on_main(outputs.prove)
         set_up_torch(config.run, dist.device)
@@ -67,8 +66,7 @@ def evaluate_from(options: argparse.Namespace) -> int:
         classes = classes or trained_classes(path)
         data = dist.all_or_none(lambda: build_val(config, rank=dist.rank, world_size=dist.world_size, classes=classes))
         width = dist.all_or_none(lambda: resolve_num_classes(config, data))
-        model = dist.all_or_none(lambda: models.create_model(config.model.name, width, **kwargs))
-        dist.all_or_none(lambda: load_weights(model, weights, str(path), models.load_official))
+        model = dist.all_or_none(lambda: build_network(config, width, weights, path))
         dist.all_or_none(lambda: prove(model, config, width, dist))
         confusion = Confusion(width, dist.device) if options.report else None
         part = PartOfClasses(data.present, width, dist)

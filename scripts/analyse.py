@@ -20,16 +20,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from acmix import models
 from acmix.analysis.cka import cka_matrix, layer_names, layer_outputs
 from acmix.analysis.receptive_field import field_areas, receptive_field
 from acmix.checkpoint.atomic import prove_writable, replacing, write_atomically
-from acmix.checkpoint.weights import load_weights, pick_weights
+from acmix.checkpoint.weights import pick_weights
 from acmix.config import load_config
 from acmix.data.loader import build_val, resolve_num_classes
 from acmix.engine.forward import network_inputs
 from acmix.engine.run_folder import find_config, trained_classes
 from acmix.errors import UserError
+from acmix.export.load import build_network
 from acmix.process.distributed import Distributed
 from acmix.process.program import Arguments, run_program, whole_number
 from acmix.telemetry.plot import STYLE
@@ -86,9 +86,7 @@ def open_run(run: str, images: int) -> Opened:
     dist = Distributed.start(config.run)
     picked, classes = pick_weights(path)
     data = build_val(config, classes=classes or trained_classes(path))
-    kwargs: dict[str, Any] = config.model.kwargs | {"image_size": config.data.size, "pretrained": False}
-    model = models.create_model(config.model.name, resolve_num_classes(config, data), **kwargs)
-    load_weights(model, picked, str(path), models.load_official)
+    model = build_network(config, resolve_num_classes(config, data), picked, path)
     batches = list(data.spread(images))
     inputs = [network_inputs(batch, config.precision, dist.device)[0] for batch in batches]
     return Opened(run, model.to(dist.device).eval(), inputs, [int(i) for batch in batches for i in batch.ids])

@@ -33,7 +33,7 @@ from acmix.config import Config, data_config, load_config
 from acmix.data.loader import Data, build_data
 from acmix.engine.evaluate import evaluate
 from acmix.engine.forward import network_inputs
-from acmix.engine.run_folder import CONFIG, trained_classes
+from acmix.engine.run_folder import config_of_run, trained_classes
 from acmix.errors import UserError, one_line
 from acmix.layers import ACmix
 from acmix.paths import expand_path, missing_path_hint
@@ -131,8 +131,7 @@ def _read(text: str) -> Source:
     path = Path(expand_path(text, "--from"))
     if not path.exists():
         raise UserError(f"--from {path}: no such run, checkpoint or weights file{missing_path_hint(path)}")
-    folders = (path, *path.resolve().parents[:3])
-    config = next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
+    config = config_of_run(path)
     weights, classes = pick_weights(path)
     return Source(weights, None if config is None else load_config(config), classes or trained_classes(path))
 

@@ -1,7 +1,7 @@
 """How a config file is read and overridden from the command line."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(expand_path(str(path), "--config"))
     source = str(path)
-    document = read_yaml(_read_text(path), source)
+    document = read_yaml(read_text(path, "config"), source)
     values = {} if document.values is None else document.values
     if not isinstance(values, dict):
         raise UserError(f"{source}: a config is a mapping of sections, e.g. `model:` with `name: ...` below it")
@@ -82,11 +82,12 @@ def _with(config: Config, section: str, key: str, value: str) -> Config:
     return config.model_copy(update={section: changed})
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, kind: str, hint: Callable[[Path], str] = lambda _: "") -> str:
+    """The text of a file that holds a `kind`. Raises UserError, which ends with the `hint` where there is no file."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
+        raise UserError(f"{path}: no such {kind} file{hint(path)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:

@@ -70,7 +70,7 @@ class Learner:
         self.optimizer = build_optimizer(self.model, config.optimizer, loader.global_batch, new)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, loader.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=config.precision.amp == "fp16")
-        self._paths = list(path_weights(self.model).values())
+        self._paths = path_weights(self.model)
         self._frozen_steps = round(config.optimizer.path_freeze_epochs * loader.updates_per_epoch)
         self._losses = _build_loss(config, mixed=mixing is not None)
         self._runner: nn.Module = self.model
@@ -136,7 +136,7 @@ class Learner:
         """
         self.scheduler.step_update(step - 1)
         if step <= self._frozen_steps:
-            for weight in self._paths:
+            for weight in self._paths.values():
                 weight.grad = None  # the optimizer passes over it and begins its averages with the first gradient
         self.path_gradients = {}
         norm = None
@@ -144,8 +144,7 @@ class Learner:
         if clip is not None or measure:
             self.scaler.unscale_(self.optimizer)
             if measure:
-                weights = path_weights(self.model)
-                self.path_gradients = {name: w.grad.clone() for name, w in weights.items() if w.grad is not None}
+                self.path_gradients = {name: w.grad.clone() for name, w in self._paths.items() if w.grad is not None}
             norm = self._clip(clip, mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()

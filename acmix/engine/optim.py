@@ -46,25 +46,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, new: Collection[
         groups = param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
     else:
         groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=spared)
-    mine = {id(parameter) for parameter in path_weights(model).values()}
-    rest: list[dict[str, Any]] = []
-    paths: list[dict[str, Any]] = []
-    for group in groups:
-        chosen = [parameter for parameter in group["params"] if id(parameter) in mine]
-        others = [parameter for parameter in group["params"] if id(parameter) not in mine]
-        if others:
-            rest.append({**group, "params": others})
-        if chosen:
-            lr_scale = group.get("lr_scale", 1.0) * config.path_lr_factor
-            paths.append({**group, "params": chosen, "weight_decay": config.path_weight_decay, "lr_scale": lr_scale})
-    return _with_new_apart(rest + paths, model, config.new_lr_factor, new)
-
-
-def _with_new_apart(
-    groups: list[dict[str, Any]], model: nn.Module, factor: float | None, new: Collection[str]
-) -> list[dict[str, Any]]:
-    """The groups with what is new in groups of their own, after the others."""
-    if factor is None:
+    paths = {id(parameter) for parameter in path_weights(model).values()}
+    groups = _set_apart(groups, paths, config.path_lr_factor, weight_decay=config.path_weight_decay)
+    if config.new_lr_factor is None:
         return groups
     young = {id(parameter) for name, parameter in model.named_parameters() if name in new}
     if not young:
@@ -72,15 +56,23 @@ def _with_new_apart(
             "optimizer.new_lr_factor: nothing in this network is known to be new; give a file of scripts/grow.py as "
             "model.checkpoint, or leave the factor out"
         )
+    return _set_apart(groups, young, config.new_lr_factor)
+
+
+def _set_apart(
+    groups: list[dict[str, Any]], chosen: Collection[int], lr_factor: float, **changes: Any
+) -> list[dict[str, Any]]:
+    """The groups with the parameters of these ids in groups of their own, after the others, with their `lr_scale`."""
     rest: list[dict[str, Any]] = []
     apart: list[dict[str, Any]] = []
     for group in groups:
-        others = [parameter for parameter in group["params"] if id(parameter) not in young]
-        chosen = [parameter for parameter in group["params"] if id(parameter) in young]
-        if others:
-            rest.append({**group, "params": others})
-        if chosen:
-            apart.append({**group, "params": chosen, "lr_scale": group.get("lr_scale", 1.0) * factor})
+        inside = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        outside = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        if outside:
+            rest.append({**group, "params": outside})
+        if inside:
+            lr_scale = group.get("lr_scale", 1.0) * lr_factor
+            apart.append({**group, **changes, "params": inside, "lr_scale": lr_scale})
     return rest + apart
 
 

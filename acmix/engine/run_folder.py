@@ -127,10 +127,14 @@ def find_config(checkpoint: str, config: str | None) -> tuple[Path, Path]:
         raise UserError(f"--checkpoint {path}: no such run, checkpoint or weights file{missing_path_hint(path)}")
     if config is not None:
         return path, Path(config)
-    for folder in _around(path):
-        if (folder / CONFIG).is_file():
-            return path, folder / CONFIG
+    if (own := config_of_run(path)) is not None:
+        return path, own
     raise UserError(f"--checkpoint {path}: does not lie in a run folder; give its config with --config FILE")
+
+
+def config_of_run(path: Path) -> Path | None:
+    """The config of the run that a run folder, a checkpoint or weights at `path` lie in; None outside of a run."""
+    return next((folder / CONFIG for folder in _around(path) if (folder / CONFIG).is_file()), None)
 
 
 def trained_classes(path: str | Path) -> list[str] | None:

@@ -14,17 +14,17 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from acmix import models
 from acmix.checkpoint.atomic import remove_folder
 from acmix.checkpoint.manifest import MODEL_FILE
 from acmix.checkpoint.read import resolve_weights
-from acmix.checkpoint.weights import Kind, load_weights, pick_weights
+from acmix.checkpoint.weights import Kind, pick_weights
 from acmix.config import Config
 from acmix.config.yaml import write_yaml
 from acmix.data.datasets import statistics_of
 from acmix.data.transforms import kept_share
 from acmix.engine.run_folder import METRICS, SUMMARY, read_summary, trained_classes
 from acmix.errors import UserError
+from acmix.export.load import build_network
 from acmix.telemetry.probes.paths import path_layers
 from acmix.telemetry.record import read_rows
 
@@ -54,9 +54,7 @@ def load_trained(path: Path, config: Config, run: Path, kind: Kind) -> Trained:
     width = config.model.num_classes or len(classes or ())
     if not width:
         raise UserError(f"{path}: does not say how many classes it is for; give model.num_classes=N")
-    arguments: dict[str, Any] = config.model.kwargs | {"image_size": config.data.size, "pretrained": False}
-    network = models.create_model(config.model.name, width, **arguments).eval()
-    load_weights(network, weights, str(path), models.load_official)
+    network = build_network(config, width, weights, path).eval()
     averaged = None if found.ema is None else kind != "raw"
     return Trained(network, config, classes, averaged, found.progress or {}, run)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from acmix import models
 from acmix.checkpoint.weights import Kind, load_weights, pick_weights
@@ -26,6 +26,17 @@ class Trained:
     model: nn.Module
     classes: list[str]
     dist: Distributed
+
+
+def build_network(config: Config, classes: int, weights: dict[str, Tensor], path: Path) -> nn.Module:
+    """The network of a config with these weights, ours or the authors', strictly; `path` is where they are from.
+
+    Raises UserError for a name or arguments that make no network, and for weights that do not fit it.
+    """
+    kwargs: dict[str, Any] = config.model.kwargs | {"image_size": config.data.size, "pretrained": False}
+    model = models.create_model(config.model.name, classes, **kwargs)
+    load_weights(model, weights, str(path), models.load_official)
+    return model
 
 
 def load_trained(
@@ -50,10 +61,8 @@ def load_trained(
         if config.model.num_classes is None:
             raise UserError(f"--checkpoint {path}: does not say how many classes it has; give model.num_classes=N")
         classes = [str(number) for number in range(config.model.num_classes)]
-    kwargs: dict[str, Any] = config.model.kwargs | {"image_size": config.data.size, "pretrained": False}
     dist = Distributed.start(config.run)
     set_up_torch(config.run, dist.device)
-    model = models.create_model(config.model.name, len(classes), **kwargs)
-    load_weights(model, picked.weights, str(path), models.load_official)
+    model = build_network(config, len(classes), picked.weights, path)
     prove(model, config, len(classes), dist)
     return Trained(path, config, model.eval(), classes, dist)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from acmix.config import as_override
 from acmix.config.errors import describe_errors
+from acmix.config.load import read_text
 from acmix.config.schema import RunName, Text
 from acmix.config.yaml import KeyPath, read_yaml
 from acmix.errors import UserError
@@ -69,14 +70,7 @@ def load_study(path: Path) -> Study:
 
     Raises UserError naming the file, the line, the key and what would be valid.
     """
-    try:
-        document = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such study file{missing_path_hint(path)}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    document = read_yaml(read_text(path, "study", missing_path_hint), str(path))
     values = {} if document.values is None else document.values
     if not isinstance(values, dict):
         raise UserError(f"{path}: a study is a mapping of name, base, arms, seeds and reference")

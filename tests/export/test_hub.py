@@ -1,10 +1,8 @@
 """A trained run as a folder that timm loads, and the files of a run as timm takes them."""
 
-import importlib.util
 import json
 import runpy
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import timm
@@ -14,6 +12,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from acmix import models  # noqa: F401 - registers the networks
+from scripts import export_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
@@ -43,16 +42,6 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("export_hf", ROOT / "scripts" / "export_hf.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def built(run: Path, checkpoint: Path) -> nn.Module:
     """The run's network, with weights that timm's own reader takes from a file."""
     config = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["config"]
@@ -63,9 +52,9 @@ def built(run: Path, checkpoint: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize("weights", ["auto", "raw"])
-def test_an_exported_run_is_loaded_by_timm_with_its_sizes_classes_and_weights(weights, run, script, tmp_path, capsys):
+def test_an_exported_run_is_loaded_by_timm_with_its_sizes_classes_and_weights(weights, run, tmp_path, capsys):
     out = tmp_path / "hub" / "network"
-    assert script.main(["--checkpoint", str(run), "--out", str(out), "--weights", weights]) == 0
+    assert export_hf.main(["--checkpoint", str(run), "--out", str(out), "--weights", weights]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["out"] == str(out)
     network = timm.create_model(f"local-dir:{out}", pretrained=True)
     averaged = run / "checkpoints" / "best" / "ema.safetensors"
@@ -80,8 +69,8 @@ def test_an_exported_run_is_loaded_by_timm_with_its_sizes_classes_and_weights(we
     assert [file.name for file in out.parent.iterdir()] == ["network"]
 
 
-def test_the_card_states_data_recipe_figures_and_path_weights(run, script, tmp_path):
-    assert script.main(["--checkpoint", str(run / "checkpoints" / "last"), "--out", str(tmp_path / "out")]) == 0
+def test_the_card_states_data_recipe_figures_and_path_weights(run, tmp_path):
+    assert export_hf.main(["--checkpoint", str(run / "checkpoints" / "last"), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     summary = json.loads((run / "summary.json").read_text())
     last = summary["last"]
@@ -94,13 +83,13 @@ def test_the_card_states_data_recipe_figures_and_path_weights(run, script, tmp_p
         assert part in card
 
 
-def test_a_folder_that_holds_something_is_replaced_only_if_asked(run, script, tmp_path, capsys):
+def test_a_folder_that_holds_something_is_replaced_only_if_asked(run, tmp_path, capsys):
     (tmp_path / "own.txt").write_text("mine")
     arguments = ["--checkpoint", str(run), "--out", str(tmp_path)]
-    assert script.main(arguments) == 2
+    assert export_hf.main(arguments) == 2
     assert "holds something already" in capsys.readouterr().err
     assert (tmp_path / "own.txt").exists()
-    assert script.main([*arguments, "--force"]) == 0
+    assert export_hf.main([*arguments, "--force"]) == 0
     assert (tmp_path / "model.safetensors").exists()
 
 
@@ -113,9 +102,9 @@ def test_a_folder_that_holds_something_is_replaced_only_if_asked(run, script, tm
         (["--checkpoint", "RUN", "--out", "/proc/x/y"], "--out /proc/x/y: cannot write there"),
     ],
 )
-def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(arguments, message, run, script, tmp_path, capsys):
+def test_what_cannot_be_exported_is_one_message_and_leaves_nothing(arguments, message, run, tmp_path, capsys):
     given = [str(run) if argument == "RUN" else argument for argument in arguments]
-    assert script.main(["--out", str(tmp_path / "out"), *given]) == 2
+    assert export_hf.main(["--out", str(tmp_path / "out"), *given]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

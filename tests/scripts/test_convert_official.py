@@ -1,9 +1,7 @@
 """The converter as a person runs it: a file in, a file out that plain timm loads, or one line that says why not."""
 
-import importlib.util
 import pickle
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import timm
@@ -11,19 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from acmix import models  # noqa: F401 - registers the networks
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "convert_official.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_official", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import convert_official
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +40,19 @@ def official(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_result_loads_with_plain_timm_and_is_not_overwritten_unasked(script, official, tmp_path, capsys):
+def test_the_result_loads_with_plain_timm_and_is_not_overwritten_unasked(official, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     arguments = [str(official), str(out), "--model", "acmix_resnet26"]
-    assert script.main(arguments) == 0
+    assert convert_official.main(arguments) == 0
     assert list(tmp_path.iterdir()) == [out]
     torch.manual_seed(0)
     want = timm.create_model("acmix_resnet26", num_classes=3)
     got = timm.create_model("acmix_resnet26", num_classes=3)
     got.load_state_dict(load_file(out))
     assert all(torch.equal(a, b) for a, b in zip(got.state_dict().values(), want.state_dict().values(), strict=True))
-    assert script.main(arguments) == 2
+    assert convert_official.main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
-    assert script.main([*arguments, "--force"]) == 0
+    assert convert_official.main([*arguments, "--force"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -79,20 +65,18 @@ def test_the_result_loads_with_plain_timm_and_is_not_overwritten_unasked(script,
         ("/proc/out.safetensors", "acmix_resnet26", "OUT /proc/out.safetensors: cannot write there"),
     ],
 )
-def test_what_cannot_be_converted_is_one_error_and_leaves_nothing(
-    script, official, tmp_path, capsys, out, model, message
-):
-    assert script.main([str(official), str(tmp_path / out), "--model", model]) == 2
+def test_what_cannot_be_converted_is_one_error_and_leaves_nothing(official, tmp_path, capsys, out, model, message):
+    assert convert_official.main([str(official), str(tmp_path / out), "--model", model]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
     assert message in errors
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hostile_pickle_is_refused_and_not_executed(script, tmp_path, capsys):
+def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, capsys):
     hostile, witness = tmp_path / "hostile.pth", tmp_path / "executed"
     hostile.write_bytes(pickle.dumps(_Touch(witness)))
-    assert script.main([str(hostile), str(tmp_path / "out.safetensors"), "--model", "acmix_resnet26"]) == 2
+    assert convert_official.main([str(hostile), str(tmp_path / "out.safetensors"), "--model", "acmix_resnet26"]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {hostile}")
     assert "Traceback" not in errors

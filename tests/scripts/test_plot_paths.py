@@ -1,26 +1,16 @@
-import importlib.util
 import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from scripts import plot_paths
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_paths.py"
-
-
-@pytest.fixture(scope="module")
-def plot_paths() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_paths", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_run(
@@ -43,7 +33,7 @@ def curve(axis: Any, index: int) -> np.ndarray:
     return np.asarray(axis.get_lines()[index].get_ydata())
 
 
-def test_one_run_shows_its_last_weights_against_depth(plot_paths: ModuleType, tmp_path: Path) -> None:
+def test_one_run_shows_its_last_weights_against_depth(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", range(0, 101, 10))
     figure = plot_paths.draw(plot_paths.read_runs([run], "paths"))
     weights, ratio = figure.axes[:2]
@@ -53,7 +43,7 @@ def test_one_run_shows_its_last_weights_against_depth(plot_paths: ModuleType, tm
     assert {"stage 1", "stage 2"} <= {text.get_text() for text in weights.texts}
 
 
-def test_several_runs_show_mean_and_standard_deviation(plot_paths: ModuleType, tmp_path: Path) -> None:
+def test_several_runs_show_mean_and_standard_deviation(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(i), range(0, 101, 10), alpha=0.5 + 0.1 * i) for i in range(3)]
     figure = plot_paths.draw(plot_paths.read_runs(runs, "paths"))
     weights = figure.axes[0]
@@ -62,7 +52,7 @@ def test_several_runs_show_mean_and_standard_deviation(plot_paths: ModuleType, t
     np.testing.assert_allclose([band.min(), band.max()], [0.6, 2.8])
 
 
-def test_unequal_lengths_compare_at_the_last_common_step(plot_paths: ModuleType, tmp_path: Path) -> None:
+def test_unequal_lengths_compare_at_the_last_common_step(tmp_path: Path) -> None:
     short = write_run(tmp_path / "short", range(0, 51, 10))
     long = write_run(tmp_path / "long", range(0, 101, 25))
     figure = plot_paths.draw(plot_paths.read_runs([short, long], "paths"))
@@ -75,7 +65,7 @@ def test_unequal_lengths_compare_at_the_last_common_step(plot_paths: ModuleType,
     np.testing.assert_array_equal(alone.get_xdata(), [50, 75, 100])
 
 
-def test_a_path_without_weight_leaves_the_ratio_undefined_not_wrong(plot_paths: ModuleType, tmp_path: Path) -> None:
+def test_a_path_without_weight_leaves_the_ratio_undefined_not_wrong(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", range(0, 11, 10), alpha=1.0, beta=0.0)
     ratio = plot_paths.draw(plot_paths.read_runs([run], "paths")).axes[1]
     assert np.isnan(curve(ratio, 0)).all()
@@ -90,7 +80,7 @@ def write_probe(run: Path, *rows: list[dict[str, Any]]) -> Path:
     return run
 
 
-def test_any_other_probe_is_drawn_key_by_key(plot_paths: ModuleType, tmp_path: Path) -> None:
+def test_any_other_probe_is_drawn_key_by_key(tmp_path: Path) -> None:
     places = [{"layer": "a", "stage": 1}, {"layer": "b", "stage": 1}, {"layer": "c", "stage": 2}]
     steps = [
         [{**places[0], "rms": t + 1.0, "dead": 2}, {**places[1], "rms": t + 3.0}, {**places[2], "rms": "nan"}]
@@ -109,7 +99,7 @@ def test_any_other_probe_is_drawn_key_by_key(plot_paths: ModuleType, tmp_path: P
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_the_picture_is_written_whole(plot_paths: ModuleType, tmp_path: Path, suffix: str) -> None:
+def test_the_picture_is_written_whole(tmp_path: Path, suffix: str) -> None:
     run = write_run(tmp_path / "a", range(0, 11, 10))
     out = tmp_path / f"paths{suffix}"
     assert plot_paths.main([str(run), "--out", str(out)]) == 0
@@ -120,9 +110,7 @@ def test_the_picture_is_written_whole(plot_paths: ModuleType, tmp_path: Path, su
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", out.name]
 
 
-def test_bad_input_is_one_message_and_leaves_nothing(
-    plot_paths: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "a", range(0, 11, 10))
     other = write_run(tmp_path / "b", range(0, 11, 10), stages=(1, 2, 3, 4))
     place = {"layer": "a", "stage": 1, "rms": 1.0}

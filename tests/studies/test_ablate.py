@@ -1,6 +1,5 @@
 """The command scripts/ablate.py: plan, results, refusals, exit statuses, and real runs."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -8,7 +7,6 @@ import signal
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,19 +15,10 @@ from acmix.config import load_config
 from acmix.studies.budget import probe_keys
 from acmix.studies.plan import Run, plan_run, plan_study
 from acmix.studies.schema import load_study
+from scripts import ablate
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ablate.py"
 SCORES = {"learned": [60.0, 62.0, 61.5], "sum": [59.0, 60.0, 61.0]}
-
-
-@pytest.fixture(scope="module")
-def ablate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablate", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -44,7 +33,7 @@ def runs(study_file: Path, out: Path) -> list[Run]:
 
 
 def test_finished_runs_become_results_table_and_picture(
-    ablate: ModuleType, study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None],
+    study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     for run in runs:
@@ -75,7 +64,7 @@ def test_finished_runs_become_results_table_and_picture(
 
 
 def test_results_of_two_seeds_say_that_these_are_too_few_and_what_is_missing(
-    ablate: ModuleType, study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None],
+    study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     for run in runs[:3]:
@@ -89,7 +78,7 @@ def test_results_of_two_seeds_say_that_these_are_too_few_and_what_is_missing(
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
-    ablate: ModuleType, study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None],
+    study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     write_run(runs[0])
@@ -107,7 +96,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
 
 @pytest.mark.parametrize("starter", ["torchrun", "slurm"])
 def test_printed_lines_start_the_runs_that_are_left(
-    ablate: ModuleType, study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None], starter: str,
+    study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None], starter: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     write_run(runs[0])
@@ -122,7 +111,7 @@ def test_printed_lines_start_the_runs_that_are_left(
 
 
 def test_equal_time_scales_epochs_by_rates_measured_before(
-    ablate: ModuleType, study_file: Path, out: Path, write_run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    study_file: Path, out: Path, write_run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     study_file.write_text(study_file.read_text() + "equal: time\n")
     arguments = [str(study_file), "--out", str(out)]
@@ -148,7 +137,7 @@ def test_equal_time_scales_epochs_by_rates_measured_before(
     ],
 )
 def test_bad_usage_is_one_message_and_status_2(
-    ablate: ModuleType, study_file: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    study_file: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = [str(study_file) if word == "STUDY" else word for word in arguments]
     assert ablate.main(typed) == 2
@@ -158,9 +147,7 @@ def test_bad_usage_is_one_message_and_status_2(
     assert len(error.splitlines()) == 1
 
 
-def test_a_real_run_and_one_that_cannot_start(
-    ablate: ModuleType, study_file: Path, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_real_run_and_one_that_cannot_start(study_file: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study_file.write_text(study_file.read_text().replace("seeds: 3", "seeds: [4]"))
     (out / "runs" / "sum").mkdir(parents=True)
     (out / "runs" / "sum" / "seed-4").write_text("a file where the run's folder should be")
