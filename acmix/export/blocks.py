@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from acmix.export.windows import WindowedAttention, parts, position_term
 from acmix.layers import ACmix, LocalAttention, ShiftConv, WindowAttention
-from acmix.layers.inference import constant, exact, norm_constants
+from acmix.layers.inference import constant, exact, mix_constants, norm_constants, rows_of
 
 Size = tuple[int, int]
 
@@ -32,7 +32,7 @@ class FoldedLocalBlock(nn.Module):
         super().__init__()
         channels, like = block.out_channels, block.qkv.weight
         self.heads, self.head_dim = block.heads, channels // block.heads
-        alpha, beta = (exact(torch.as_tensor(weight)) for weight in block.mix.weights())
+        alpha, beta = mix_constants(block.mix)
         gain, shift = (alpha.new_ones(channels), alpha.new_zeros(channels)) if norm is None else norm_constants(norm)
         factor = alpha.new_ones(3, channels)  # of the rows of q, k and v
         self.gain: nn.Parameter | None = None
@@ -46,9 +46,9 @@ class FoldedLocalBlock(nn.Module):
         self._set_attention(block.attention, size, like)
         self.convolution: _GroupedConv | None = None
         if block.convolution is not None:
-            folded = block.convolution.folded_weight(beta)
+            folded = block.convolution.folded_weight(1.0)
             assert folded is not None
-            weight = exact(folded) * gain[:, None, None, None]
+            weight = exact(folded) * rows_of(beta * gain, folded)
             # rows (head_dim, head), columns the 3N maps of that place in a head
             weight = weight.unflatten(0, (self.head_dim, -1)) / factor.view(-1, self.head_dim).T[:, None, :, None, None]
             self.convolution = _GroupedConv(block.convolution, weight.flatten(0, 1), shift, like)
@@ -107,7 +107,7 @@ class FoldedWindowBlock(nn.Module):
         assert attention.proj is not None
         self.heads, self.head_dim = block.heads, attention.head_dim
         self.window, self.size = attention.window_size, size
-        alpha, beta = (exact(torch.as_tensor(weight)) for weight in block.mix.weights())
+        alpha, beta = mix_constants(block.mix)
         weight, bias = exact(block.qkv.weight), exact(block.qkv.bias)
         rows = [self._scaled(weight)]
         biases = [self._scaled(bias)]
@@ -116,9 +116,10 @@ class FoldedWindowBlock(nn.Module):
             rows.append(self._mixed(convolution, weight))
             fc_bias = None if convolution.fc_bias is None else exact(convolution.fc_bias)
             biases.append(self._mixed(convolution, bias, fc_bias))
-            self.convolution = _GroupedConv(convolution, beta * exact(convolution.shift_weight), None, like)
+            kernels = exact(convolution.shift_weight)
+            self.convolution = _GroupedConv(convolution, kernels * rows_of(beta, kernels), None, like)
         self.weight, self.bias = constant(torch.cat(rows), like), constant(torch.cat(biases), like)
-        self.proj_weight = constant(alpha * exact(attention.proj.weight), like)
+        self.proj_weight = constant(alpha[:, None] * exact(attention.proj.weight), like)
         self.proj_bias = constant(alpha * exact(attention.proj.bias), like)
         self.rows_added, self.columns_added = (-side % window for side, window in zip(size, self.window, strict=True))
         padded = size[0] + self.rows_added, size[1] + self.columns_added

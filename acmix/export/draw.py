@@ -30,14 +30,15 @@ _LABELS, _HEAD, _LINE, _SCALE = 1.2, 0.62, 0.34, 0.4  # the names of rows, headl
 class StageView:
     """What the last block of a stage makes of an image.
 
-    looks: weights (H, W) of the query at `centre` (row, column) of it; attention, convolution: RMS over the channels of
+    alpha, beta: the path weights, or their means; size: (h, w) of the block's output; looks: how much its middle pixel
+    takes of each pixel of v, which may be a map of another size; attention, convolution: RMS over the channels of
     alpha · attention and beta · convolution, (h, w). None for a path that the block lacks.
     """
 
     stage: int
     alpha: float
     beta: float
-    centre: tuple[int, int]
+    size: tuple[int, int]
     looks: Map | None
     attention: Map | None
     convolution: Map | None
@@ -100,30 +101,40 @@ def stage_views(model: nn.Module, image: Tensor) -> list[StageView]:
 
 
 def _view(stage: int, parent: nn.Module, block: ACmix, seen: dict[nn.Module, tuple[Tensor | None, ...]]) -> StageView:
-    alpha, beta = (float(torch.as_tensor(weight).detach()) for weight in block.mix.weights())
+    alpha, beta = (torch.as_tensor(weight).detach() for weight in block.mix.weights())
     attention, convolution = seen[block.mix]
     given = convolution if attention is None else attention
     assert given is not None
-    height, width = given.shape[2:]
+    size = given.shape[2], given.shape[3]
     shift = getattr(parent, "shift_size", (0, 0))  # by which Swin rolls the block's map up and left
-    query = (height // 2, width // 2)
     looks = None
     if isinstance(block.attention, AttentionPath):
-        q, k = seen[block.attention][:2]
-        assert q is not None
-        assert k is not None
-        rolled = ((query[0] - shift[0]) % height, (query[1] - shift[1]) % width)
-        weights = attention_map(block.attention, q, k, rolled)
-        looks = weights if weights.shape[0] < height else weights[: height * block.stride, : width * block.stride]
+        q, k, v = (maps for maps in seen[block.attention] if maps is not None)
+        looks = _looks(block.attention, (q, k, v), size, shift)
+        looks = looks[: size[0] * block.stride, : size[1] * block.stride]  # without what was padded
     return StageView(
         stage,
-        alpha,
-        beta,
-        (query[0] * block.stride, query[1] * block.stride),
+        float(alpha.mean()),
+        float(beta.mean()),
+        size,
         _rolled_back(looks, shift),
         None if attention is None else _rolled_back(_rms(alpha * attention), shift),
         None if convolution is None else _rolled_back(_rms(beta * convolution), shift),
     )
+
+
+def _looks(
+    path: AttentionPath, maps: tuple[Tensor, Tensor, Tensor], size: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """Where the pixel in the middle of an output of this size looks, still rolled and padded."""
+    height, width = size
+    row, column = ((side // 2 - by) % side for side, by in zip(size, shift, strict=True))
+    q = maps[0]
+    tokens = q.shape[3] - height * width if path.takes_tokens and q.shape[2] == 1 else 0
+    if not tokens:
+        return attention_map(path, *maps, (row, column))
+    weights = attention_map(path, *maps, (0, tokens + row * width + column))  # tokens, then the pixels, in one row
+    return weights[0, tokens:].unflatten(0, size)
 
 
 def _rms(maps: Tensor) -> Tensor:
@@ -178,9 +189,11 @@ def _draw_stage(page: _Page, column: int, view: StageView, rows: list[tuple[str,
         axis = page.axes(x, _HEAD + row * (_PANEL + _GAP), _PANEL, _PANEL)
         values = getattr(view, name)
         if name == "looks":
-            _draw_looks(axis, values, view.centre, seen)
+            _draw_looks(axis, values, view.size, seen)
         elif values is not None:
             shown = axis.imshow(values, cmap=COLOURS, vmin=0, vmax=highest or 1.0, interpolation="nearest")
+        else:
+            axis.text(0.5, 0.5, "no such path", ha="center", va="center", fontsize=8.5, color=GREY)
         if column == 0:
             axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8.5, color=INK, labelpad=6)
         if row == 0:
@@ -191,17 +204,18 @@ def _draw_stage(page: _Page, column: int, view: StageView, rows: list[tuple[str,
 
 
 def _headline(view: StageView) -> str:
-    height, width = next(m for m in (view.attention, view.convolution) if m is not None).shape
+    height, width = view.size
     return f"stage {view.stage} · {height}×{width}\nα {view.alpha:.2f}   β {view.beta:.2f}"
 
 
-def _draw_looks(axis: Axes, weights: Map | None, centre: tuple[int, int], seen: Map) -> None:
+def _draw_looks(axis: Axes, weights: Map | None, size: tuple[int, int], seen: Map) -> None:
     """The weights over the image in pale grey, and a cross at the query."""
     grey = 0.55 + 0.45 * seen.mean(2)
     if weights is None:
         axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
         return
     height, width = weights.shape
+    row, column = (_middle(side, count) for side, count in zip(size, weights.shape, strict=True))
     box = (-0.5, width - 0.5, height - 0.5, -0.5)
     axis.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=box)
     share = np.clip(weights / max(float(weights.max()), 1e-12), 0, 1)
@@ -211,8 +225,15 @@ def _draw_looks(axis: Axes, weights: Map | None, centre: tuple[int, int], seen: 
     rows, columns = np.nonzero(share.any(1))[0], np.nonzero(share.any(0))[0]
     reach = (columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
     axis.add_patch(Rectangle((columns[0] - 0.5, rows[0] - 0.5), *reach, fill=False, edgecolor=INK, linewidth=0.8))
-    axis.plot(centre[1], centre[0], "+", color="white", markersize=9, markeredgewidth=3.2)
-    axis.plot(centre[1], centre[0], "+", color="#D55E00", markersize=8, markeredgewidth=1.6)
+    axis.plot(column, row, "+", color="white", markersize=9, markeredgewidth=3.2)
+    axis.plot(column, row, "+", color="#D55E00", markersize=8, markeredgewidth=1.6)
+
+
+def _middle(side: int, count: int) -> float:
+    """Where the middle one of `side` pixels lies among `count` that show the same: a multiple of them or a part."""
+    if count >= side:
+        return side // 2 * (count // side)
+    return (side // 2 + 0.5) * count / side - 0.5
 
 
 def _draw_scale(figure: Figure, axis: Axes, shown: AxesImage, highest: float) -> None:

@@ -82,7 +82,9 @@ class OnnxNetwork:
         require_onnx("onnxruntime")
         import onnxruntime
 
+        self._path = path
         options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what it would print of an error is in the exception
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
@@ -95,12 +97,16 @@ class OnnxNetwork:
             raise UserError(f"{path}: its inputs are {', '.join(names)}, not {INPUT}; give a file of scripts/export.py")
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        logits: np.ndarray = self._session.run([OUTPUT], {INPUT: images})[0]
+        try:
+            logits: np.ndarray = self._session.run([OUTPUT], {INPUT: images})[0]
+        except _refusals() as error:
+            raise UserError(f"{self._path}: not for images of shape {images.shape}: {one_line(error)}") from None
         return logits
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises for a file that it cannot load; these exceptions have no base of their own."""
+    """What onnxruntime raises for a file or an input that it refuses; these exceptions have no base of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as raised
 
-    return raised.Fail, raised.InvalidArgument, raised.InvalidGraph, raised.InvalidProtobuf, raised.NoSuchFile
+    of_graph = raised.InvalidArgument, raised.InvalidGraph, raised.NotImplemented, raised.RuntimeException
+    return raised.Fail, raised.InvalidProtobuf, raised.NoSuchFile, *of_graph

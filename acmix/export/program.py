@@ -1,6 +1,7 @@
 """A network as an exported program of PyTorch."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+
+_LARGER_BATCH = re.compile(r"L\['\w+'\]\.size\(\)\[0\] > 1")
 
 METADATA = "acmix.json"
 """Name of the extra file in a .pt2 archive that holds the metadata, a JSON object."""
@@ -30,7 +33,10 @@ def trace(model: nn.Module, images: Tensor, *, any_size: bool) -> ExportedProgra
     any_count = torch.fx.experimental._config.patch(backed_size_oblivious=any_size)  # type: ignore[attr-defined]
     with torch.no_grad(), any_count, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
+        program = torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
+    # A convolution's memory format is asked for as if batches were of at least two; nothing else follows from it.
+    program._guards_code = [guard for guard in program._guards_code if not _LARGER_BATCH.fullmatch(guard)]
+    return program
 
 
 def save_program(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
@@ -40,9 +46,9 @@ def save_program(program: ExportedProgram, path: Path, metadata: Mapping[str, st
         torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
 
 
-def load_program(path: Path) -> nn.Module:
-    """The network in a .pt2 file, as a reader of the file has it."""
-    return torch.export.load(path).module()
+def load_program(path: Path, *, check_guards: bool = True) -> nn.Module:
+    """The network in a .pt2 file; with `check_guards`, as by default, it refuses sizes that it was not traced for."""
+    return torch.export.load(path).module(check_guards=check_guards)
 
 
 def count_nodes(program: ExportedProgram) -> int:

@@ -61,10 +61,10 @@ class PlainLocalAttention(AttentionPath):
 
 def _folded(block: ACmix, size: Size | None, norm: nn.BatchNorm2d | None) -> nn.Module | None:
     """The block's form of few operators; None where it has parts that no form is for."""
-    attention, convolution = block.attention, block.convolution
-    known = is_plain(block, ACmix) and is_plain(block.qkv, nn.Linear) and is_plain(block.mix, PathMix)
-    known = known and len(block.qkv.weight) == 3 * block.out_channels
-    if not known or not (convolution is None or is_plain(convolution, ShiftConv)):
+    attention, convolution, qkv = block.attention, block.convolution, getattr(block, "qkv", None)
+    if not is_plain(block, ACmix) or not is_plain(block.mix, PathMix) or qkv is None or not is_plain(qkv, nn.Linear):
+        return None
+    if len(qkv.weight) != 3 * block.out_channels or not (convolution is None or is_plain(convolution, ShiftConv)):
         return None
     if attention is None or is_plain(attention, LocalAttention):
         one_weight = convolution is None or convolution.folded_weight(1.0) is not None

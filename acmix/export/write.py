@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from acmix import __version__
 from acmix.checkpoint.atomic import replacing
-from acmix.errors import one_line
+from acmix.errors import UserError, one_line
 from acmix.export.check import LIMIT, Run, largest_difference, median_milliseconds
 from acmix.export.load import Trained
 from acmix.export.onnx import OnnxNetwork, save_onnx
@@ -57,25 +57,39 @@ def export(
     """
     model = trained.model.float().cpu().eval()
     metadata = _metadata(trained)
-    step("tracing")
-    program, any_size = _traced(model, images, not fixed_size and _allows_any_size(model))
-    with tempfile.TemporaryDirectory() as folder, replacing(out, make_parents=True) as temporary:
-        step("writing")
-        folded = _write(program, form, temporary, metadata, any_size)
-        step("checking")
-        difference = largest_difference(folded.run, model, images, any_size=any_size)
-        if difference > LIMIT:
-            raise RunFailure(
-                f"{out}: not written: its logits differ from PyTorch's by {difference:.1e}, more than {LIMIT:.0e}; try "
-                "--fixed-size, or the other --format"
-            )
-        step("measuring what folding saves")
-        unfolded = trace(standard(model, images, fold=False, any_size=any_size), images[:2], any_size=any_size)
-        plain = _write(unfolded, form, Path(folder, f"unfolded{out.suffix}"), metadata, any_size)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        times = median_milliseconds([folded.run, plain.run], images[:1])
-        torch.set_num_threads(threads)
+
+    def write(any_size: bool) -> tuple[Written, float]:
+        step("tracing")
+        program = trace(standard(model, images, any_size=any_size), images[:2], any_size=any_size)
+        with replacing(out, make_parents=True) as temporary:
+            step("writing")
+            written = _write(program, form, temporary, metadata, any_size)
+            step("checking")
+            difference = largest_difference(written.run, model, images, any_size=any_size)
+            if difference > LIMIT:
+                raise RunFailure(
+                    f"{out}: not written: its logits differ from PyTorch's by {difference:.1e}, more than {LIMIT:.0e}; "
+                    "try the other --format"
+                )
+        return written, difference
+
+    any_size = not fixed_size and _may_allow_any_size(model)
+    try:
+        folded, difference = write(any_size)
+    except (TracingError, UserError, AssertionError) as error:  # AssertionError: a .pt2 file refuses a size
+        if not any_size:
+            raise
+        print(f"note: the file takes {_sides(images)} only: {one_line(error)}", file=sys.stderr)
+        any_size = False
+        folded, difference = write(any_size)
+    step("measuring what folding saves")
+    unfolded = trace(standard(model, images, fold=False, any_size=any_size), images[:2], any_size=any_size)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = _write(unfolded, form, Path(folder, f"unfolded{out.suffix}"), metadata, any_size, check_guards=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = median_milliseconds([folded.run, plain.run], images[:1])
+    torch.set_num_threads(threads)
     return {
         "out": str(out),
         "format": form,
@@ -107,23 +121,26 @@ def _metadata(trained: Trained) -> dict[str, str]:
     }
 
 
-def _allows_any_size(model: nn.Module) -> bool:
+def _may_allow_any_size(model: nn.Module) -> bool:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     windows = any(isinstance(module, WindowAttention) for module in model.modules())
     return not cfg.get("fixed_input_size") and not windows
 
 
-def _traced(model: nn.Module, images: Tensor, any_size: bool) -> tuple[ExportedProgram, bool]:
-    """The folded network's graph, and whether it takes images of any size."""
-    if any_size:
-        try:
-            return trace(standard(model, images, any_size=True), images[:2], any_size=True), True
-        except TracingError as error:
-            print(f"note: the size of images is fixed: {one_line(error)}", file=sys.stderr)
-    return trace(standard(model, images), images[:2], any_size=False), False
+def _sides(images: Tensor) -> str:
+    return f"images of {images.shape[2]}×{images.shape[3]}"
 
 
-def _write(program: ExportedProgram, form: Format, path: Path, metadata: dict[str, str], any_size: bool) -> Written:
+def _write(
+    program: ExportedProgram,
+    form: Format,
+    path: Path,
+    metadata: dict[str, str],
+    any_size: bool,
+    *,
+    check_guards: bool = True,
+) -> Written:
+    """Write the file and open it; `check_guards` as in `load_program`."""
     run: Run
     if form == "onnx":
         nodes = save_onnx(program, path, metadata, any_size=any_size)
@@ -131,5 +148,5 @@ def _write(program: ExportedProgram, form: Format, path: Path, metadata: dict[st
         run = lambda images: torch.from_numpy(session(images.numpy()))  # noqa: E731
     else:
         save_program(program, path, metadata)
-        nodes, run = count_nodes(program), load_program(path)
+        nodes, run = count_nodes(program), load_program(path, check_guards=check_guards)
     return Written(nodes, path.stat().st_size / 1e6, run)

@@ -90,42 +90,62 @@ def _fuse_block(block: ACmix, uses: Counter[int]) -> None:
     """Fold the path weights into the paths, and the convolution path into one weight."""
     if not is_plain(block.mix, PathMix) or uses[id(block.mix)] != 1:
         return
-    alpha, beta = (exact(torch.as_tensor(weight)) for weight in block.mix.weights())
+    alpha, beta = mix_constants(block.mix)
     if isinstance(block.convolution, nn.Module) and _can_fold(block.convolution):
-        block.convolution, beta = _folded(block.convolution, beta), torch.ones(())
-    elif _owns_weights(block.convolution, ShiftConv, uses):
-        _scale(block.convolution, ("weight", "fc_weight", "fc_bias"), beta)
-        beta = torch.ones(())
+        block.convolution, beta = _folded(block.convolution, beta), torch.ones(1)
+    elif _owns_weights(block.convolution, ShiftConv, uses) and _scale_rows(block.convolution, _last(beta), beta):
+        beta = torch.ones(1)
     attention = block.attention
     if isinstance(attention, AttentionPath) and type(attention).finish is AttentionPath.finish:
         projects = not is_observed(attention) and uses[id(attention)] == 1
         if projects and _owns_weights(attention.proj, nn.Linear, uses):
-            _scale(attention.proj, ("weight", "bias"), alpha)
-            alpha = torch.ones(())
-    block.mix = _fixed_mix(block.mix, alpha, beta)
+            _scale_rows(attention.proj, ("weight", "bias"), alpha)
+            alpha = torch.ones(1)
+    block.mix = _fixed_mix(block.mix, alpha, beta, next(block.parameters()))
+
+
+def mix_constants(mix: PathMix) -> tuple[Tensor, Tensor]:
+    """alpha and beta in float64, each (1,) or with one for each channel of the block's output, (C,)."""
+    alpha, beta = (torch.as_tensor(weight, dtype=torch.float64, device="cpu") for weight in mix.weights())
+    return alpha.detach().flatten(), beta.detach().flatten()
+
+
+def _last(beta: Tensor) -> tuple[str, ...]:
+    """The parameters of a convolution path of which its result is a multiple, whatever its kind.
+
+    With a weight for each channel these are the kernels; a path whose kernels are no parameters has none.
+    """
+    return ("weight", "fc_weight", "fc_bias") if len(beta) == 1 else ("weight", "shift_weight")
 
 
 def _owns_weights(module: nn.Module | None, kind: type[nn.Module], uses: Counter[int]) -> TypeGuard[nn.Module]:
     return module is not None and is_plain(module, kind) and uses[id(module)] == 1
 
 
-def _scale(module: nn.Module, names: tuple[str, ...], factor: Tensor) -> None:
-    """Multiply parameters, of those names that the module has."""
-    for name in names:
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            setattr(module, name, constant(exact(parameter) * factor, parameter))
+def _scale_rows(module: nn.Module, names: tuple[str, ...], factors: Tensor) -> bool:
+    """Multiply the rows of parameters, of those names that the module has; whether there were any."""
+    found = {name: module._parameters[name] for name in names if module._parameters.get(name) is not None}
+    for name, parameter in found.items():
+        assert parameter is not None
+        setattr(module, name, constant(exact(parameter) * rows_of(factors, parameter), parameter))
+    return bool(found)
 
 
-def _fixed_mix(mix: PathMix, alpha: Tensor, beta: Tensor) -> PathMix:
+def rows_of(factors: Tensor, like: Tensor) -> Tensor:
+    """Factors (C,) or (1,) in a shape that multiplies the rows of `like`."""
+    return factors.view(-1, *[1] * (like.dim() - 1))
+
+
+def _fixed_mix(mix: PathMix, alpha: Tensor, beta: Tensor, like: Tensor) -> PathMix:
     """A mix with these weights, that of two paths or of the one that `mix` has."""
     if not (mix.has_attention and mix.has_convolution):
         return mix
-    if alpha == beta == 1:
+    if bool((alpha == 1).all() and (beta == 1).all()):
         return PathMix("sum", mix.stage).eval()
-    fixed = PathMix("learned", mix.stage)
-    like = next(mix.parameters(), torch.ones(()))
-    fixed.alpha, fixed.beta = constant(alpha, like), constant(beta, like)
+    count = max(len(alpha), len(beta))
+    shape, per = ((), "block") if count == 1 else ((count,), "channel")
+    fixed = PathMix("learned", mix.stage, per=per, heads=mix.heads, channels=mix.channels)
+    fixed.alpha, fixed.beta = (constant(w.expand(count).reshape(shape), like) for w in (alpha, beta))
     return fixed.eval()
 
 
@@ -138,7 +158,8 @@ def _can_fold(convolution: nn.Module) -> bool:
 
 def _folded(convolution: ShiftConv, beta: Tensor) -> ShiftConv:
     """The path of kind `full` that gives beta times the same."""
-    weight = fold(exact(convolution.fc_weight) * beta, exact(convolution.shift_weight))
+    weight = fold(exact(convolution.fc_weight), exact(convolution.shift_weight))
+    weight = weight * rows_of(beta, weight)
     with torch.device("meta"):
         folded = ShiftConv(
             convolution.heads,

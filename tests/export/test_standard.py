@@ -15,6 +15,15 @@ from acmix.ops.implementations import Window
 from acmix.ops.reference import local_attention
 
 RESNET = {"base_width": 8, "stem": "cifar", "kernel_att": 3, "layers": (1, 1, 1, 1)}
+SAN = {"base_width": 16, "stem": "cifar", "layers": (1, 1, 1, 1, 1)}
+PVT = {
+    "img_size": 32,
+    "embed_dims": (8, 16),
+    "depths": (1, 2),
+    "heads": (1, 2),
+    "reductions": (2, 1),
+    "mlp_ratios": (2, 2),
+}
 SWIN = {"embed_dim": 12, "heads": (1, 6), "depths": (2, 2), "img_size": 32, "patch_size": 4, "window_size": 3}
 
 
@@ -46,7 +55,14 @@ def difference(model: nn.Module, images: torch.Tensor, **options: bool) -> float
         ("acmix_resnet26", {**RESNET, "mix": "attention"}),
         ("acmix_resnet26", {**RESNET, "mix": "convolution", "heads": (1, 2, 4, 8)}),
         ("acmix_resnet26", {**RESNET, "shift": "shift"}),
+        ("acmix_resnet26", {**RESNET, "mix": {"per": "channel"}}),
+        ("acmix_resnet26", {**RESNET, "mix": {"per": "head", "tied": True}, "heads": (1, 2, 4, 8)}),
+        ("acmix_resnet26", {**RESNET, "mix": {"mode": "fixed", "alpha": 0.3, "beta": 2}}),
+        ("acmix_san10", SAN),
+        ("acmix_pvt_tiny", PVT),
+        ("acmix_pvt_tiny", {**PVT, "mix": "convolution"}),
         ("acmix_swin_tiny", SWIN),
+        ("acmix_swin_tiny", {**SWIN, "mix": {"per": "head"}}),
         ("acmix_swin_tiny", {**SWIN, "mix": "attention"}),
         ("acmix_swin_tiny", {**SWIN, "mix": "convolution"}),
         ("acmix_swin_tiny", {**SWIN, "shift": "full"}),

@@ -10,7 +10,7 @@ def reflection(size: int, reach: int, device: torch.device) -> Tensor:
 
     A map not larger than the reach is reflected again and again; one of a single pixel is repeated.
     """
-    period: int = torch.sym_max(2 * size - 2, 1)  # type: ignore[assignment]  # of numbers, not of tensors
+    period = (2 * torch.arange(size, device=device).amax(0)).clamp(min=1)  # a tensor: ONNX has no remainder by a symbol
     place = torch.arange(-reach, size + reach, device=device).abs() % period
     return torch.minimum(place, period - place)
 
