@@ -140,9 +140,9 @@ def read_run(folder: Path) -> Run:
 
 
 def differences(arms: Sequence[Arm]) -> dict[str, list[str]]:
-    """Key path → its value in each arm, for the keys in which arms differ; "" where an arm lacks the key."""
+    """Key path → its value in each arm, for the keys in which arms differ; – where an arm lacks the key."""
     keys = dict.fromkeys(key for arm in arms for key in arm.config)
-    values = {key: [shown(arm.config[key]) if key in arm.config else "" for arm in arms] for key in keys}
+    values = {key: [shown(arm.config[key]) if key in arm.config else "–" for arm in arms] for key in keys}
     return {key: cells for key, cells in values.items() if len(set(cells)) > 1}
 
 
