@@ -46,11 +46,11 @@ class Picture:
     caption: str = ""
 
 
-def picture(figure: Figure, alt: str, caption: str = "") -> Picture:
-    """A figure as SVG."""
+def picture(figure: Figure, alt: str, caption: str = "", *, cut: bool = False) -> Picture:
+    """A figure as SVG; with `cut`, without its empty margins."""
     data = BytesIO()
     with matplotlib.rc_context(STYLE | {"svg.fonttype": "path"}):
-        figure.savefig(data, format="svg", metadata={"Date": None})
+        figure.savefig(data, format="svg", metadata={"Date": None}, bbox_inches="tight" if cut else None)
     return Picture(_uri("image/svg+xml", data.getvalue()), alt, caption)
 
 
@@ -154,8 +154,10 @@ def _path_panel(by_depth: bool, column: Column, runs: Sequence[ProbeHistory]) ->
             draw_depth(axis, column, runs)
         else:
             draw_course(axis, column, runs)
-        lines = {str(line.get_label()): line for line in axis.get_legend_handles_labels()[0]}
-        handles: list[Any] = list(lines.values())
+        handles: list[Any] = []
+        for line in axis.get_legend_handles_labels()[0]:
+            if line.get_label() not in [handle.get_label() for handle in handles]:
+                handles.append(line)
         if not by_depth:  # there the colour is the stage; the style says which curve
             named = [curve for curve in column.curves if curve.label]
             handles += [Line2D([], [], color=GREY, ls=curve.linestyle, label=curve.label) for curve in named]

@@ -197,7 +197,8 @@ class _Report:
                 shares[name] = history
         notes = {name: f", measured after training on {self._images()}" for name in shares if name not in timed}
         mixing = [name for name, runs in weights.items() if {"alpha", "beta"} <= runs[0].values.keys()]
-        if without := [name for name in mixing if name not in timed]:
+        both = [name for name in mixing if all(weights[name][0].values[key].any() for key in ("alpha", "beta"))]
+        if without := [name for name in both if name not in timed]:
             told = "No effective share over training of" if self.evaluated else "No effective share of"
             missing = [*missing, f"{told} {', '.join(without)}: run.probes leaves out path_shares"]
         mixed = {name: weights[name] for name in mixing}
@@ -235,7 +236,9 @@ class _Report:
         for name, found in self.evaluated.items():
             matrix = np.sum([e.matrix for e in found], axis=0)
             caption = f"{name}, {_count(len(found), 'seed')} together" if len(found) > 1 else name
-            panels.append(picture(draw_confusion(matrix, found[0].classes), f"Confusion matrix, {name}", caption))
+            panels.append(
+                picture(draw_confusion(matrix, found[0].classes), f"Confusion matrix, {name}", caption, cut=True)
+            )
             worst = worst_classes(found)
             tables.append(Table(worst.heads, worst.rows, f"Worst classes: {name}"))
             every[f"All classes: {name}"] = class_scores(found)

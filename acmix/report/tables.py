@@ -111,7 +111,7 @@ def environment_table(arms: Sequence[Arm]) -> Table:
                 told.setdefault(str(key), {})[who] = str(value)
     order = ["git", "device", "processes", "threads", "host", "python", "acmix", "torch"]
     keys = sorted(told, key=lambda key: (order.index(key) if key in order else len(order), key))
-    return Table(["", "value"], [[key, common(told[key])] for key in keys])
+    return Table(["what", "value"], [[key, common(told[key])] for key in keys])
 
 
 def class_scores(evaluations: Sequence[Evaluation]) -> Table:
