@@ -148,8 +148,10 @@ class _Report:
     def _comparison(self, study: Mapping[str, Any]) -> Section:
         heads, *rows = comparison(study)
         text = f"{study['model']} on {study['dataset']}, equal {study['equal']}. {COMPARED}"
-        left = {arm["name"]: [seed for seed in study["seeds"] if seed not in arm["seeds"]] for arm in study["arms"]}
-        missing = [f"Not finished: {arm}, seeds {', '.join(map(str, seeds))}" for arm, seeds in left.items() if seeds]
+        left = [
+            f"{arm['name']} seed {seed}" for arm in study["arms"] for seed in study["seeds"] if seed not in arm["seeds"]
+        ]
+        missing = [f"Not finished: {', '.join(left)}"] if left else []
         dots = picture(draw(study), "Top-1 of every seed by arm, and the difference of each arm to the reference")
         return Section("study", "The arms compared", text, [dots], [Table(heads, rows)], missing=missing)
 
