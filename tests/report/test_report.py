@@ -173,7 +173,7 @@ def test_a_run_whose_weights_are_gone_is_reported_without_what_needs_them(tmp_pa
 
 
 def test_a_run_killed_before_its_first_row_is_reported(tmp_path: Path, report: Report) -> None:
-    run = leave_run(tmp_path / "cut")
+    run = leave_run(tmp_path / "cut", paths=False)
     (run / "metrics.jsonl").write_text('{"event": "start", "st')
     page = report(run, "--no-evaluation")
     assert "never started: its record is empty" in page.text["what"]
@@ -193,7 +193,7 @@ def test_a_run_killed_before_its_first_row_is_reported(tmp_path: Path, report: R
 def test_what_is_no_run_is_refused(
     arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = leave_run(tmp_path / "run")
+    run = leave_run(tmp_path / "run", paths=False)
     main: Any = runpy.run_path(str(ROOT / "scripts" / "report.py"))["main"]
     given = [text.format(run=run) for text in arguments]
     assert main(["--out", str(tmp_path / "page.html"), "--no-evaluation", *given]) == 2
