@@ -127,22 +127,26 @@ def _draw_mean(axis: Axes, runs: Sequence[tuple[Array, Array]], colour: str, das
 
 def path_panels(
     column: Column, histories: Mapping[str, Sequence[ProbeHistory]], notes: Mapping[str, str]
-) -> list[Picture]:
-    """A quantity of the paths by depth, then over training where it was logged more than once; a panel an arm.
+) -> dict[str, list[Picture]]:
+    """A quantity of the paths by depth, and over training where it was logged more than once: heading → panel an arm.
 
-    histories: arm → its runs; notes: arm → what to add to its captions. All panels of a kind share their y axis.
+    histories: arm → its runs; notes: arm → what to add to its captions. The panels below a heading share their y axis.
     """
-    panels = []
-    for kind in (draw_depth, draw_course):
-        drawn = {}
-        for name, runs in histories.items():
-            if kind is draw_depth or any(len(run.steps) > 1 for run in runs):
-                drawn[name] = _path_panel(kind is draw_depth, column, [_fewer_steps(run) for run in runs])
-        lows, highs = zip(*(figure.axes[0].get_ylim() for figure in drawn.values()), strict=True) if drawn else ((), ())
-        for name, figure in drawn.items():
-            figure.axes[0].set_ylim(min(lows), max(highs))
-            what = "by depth" if kind is draw_depth else "over training"
-            panels.append(picture(figure, f"{column.title} {what}, {name}", f"{name}{notes.get(name, '')}"))
+    panels = {}
+    for what, by_depth in (("by depth", True), ("over training", False)):
+        drawn = {
+            name: _path_panel(by_depth, column, [_fewer_steps(run) for run in runs])
+            for name, runs in histories.items()
+            if by_depth or any(len(run.steps) > 1 for run in runs)
+        }
+        if drawn:
+            lows, highs = zip(*(figure.axes[0].get_ylim() for figure in drawn.values()), strict=True)
+            for figure in drawn.values():
+                figure.axes[0].set_ylim(min(lows), max(highs))
+            panels[f"{column.title} {what}"] = [
+                picture(figure, f"{column.title} {what}, {name}", f"{name}{notes.get(name, '')}")
+                for name, figure in drawn.items()
+            ]
     return panels
 
 

@@ -42,14 +42,14 @@ Evaluations = Mapping[Run, Evaluation | str]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: pictures in a grid, tables, further tables to unfold by title, what is missing."""
+    """A part of the page: pictures in a grid, more under headings, tables, others to unfold, what is missing."""
 
     id: str
     title: str
     text: str = ""
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    photos: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
+    groups: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
     code: str = ""
     details: Mapping[str, Table | str] = field(default_factory=dict)
     missing: Sequence[str] = ()
@@ -204,17 +204,13 @@ class _Report:
             told = "No effective share over training of" if self.evaluated else "No effective share of"
             missing = [*missing, f"{told} {', '.join(without)}: run.probes leaves out path_shares"]
         mixed = {name: weights[name] for name in mixing}
-        panels = [
-            *path_panels(WEIGHTS, mixed, {}),
-            *path_panels(BALANCE, mixed, {}),
-            *path_panels(SHARE, shares, notes),
-        ]
+        panels = path_panels(WEIGHTS, mixed, {}) | path_panels(BALANCE, mixed, {}) | path_panels(SHARE, shares, notes)
         tables = {
             f"Measures of each block: {name}": measures_table(found)
             for name, found in self.evaluated.items()
             if found[0].paths
         }
-        return Section("paths", "What the paths weigh and add", _PATHS, panels, details=tables, missing=missing)
+        return Section("paths", "What the paths weigh and add", _PATHS, groups=panels, details=tables, missing=missing)
 
     def _arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -263,7 +259,7 @@ class _Report:
             else:
                 missing.append(f"{name}: no mistake on {self._images()}")
         text = "True class → predicted class and its probability, of the first seed." if photos else ""
-        return Section("mistakes", "Confident mistakes", text, photos=photos, missing=missing)
+        return Section("mistakes", "Confident mistakes", text, groups=photos, missing=missing)
 
     def _unstarted(self) -> list[str]:
         return [f"{who}: its record says nothing of it" for who, run in labelled(self.arms).items() if not run.start]
