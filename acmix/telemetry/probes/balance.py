@@ -18,14 +18,15 @@ def path_balance(model: nn.Module, gradients: Mapping[str, Tensor]) -> list[dict
     The gradients are those of the last update, averaged over the batch and all processes, before clipping. What a block
     does not have is None.
     """
-    rows = []
-    for block, weights in zip(acmix_blocks(model), path_layers(model), strict=True):
+    rows, weights = [], {row["layer"]: row for row in path_layers(model)}
+    for block in acmix_blocks(model):
         mix = block.module.mix
         both = mix.has_attention and mix.has_convolution
+        row = weights.get(block.layer)  # none for a block of one path among others of two
         rows.append(
             {
                 **block.place,
-                "log_ratio": log_ratio(weights["alpha"], weights["beta"]) if both else None,
+                "log_ratio": log_ratio(row["alpha"], row["beta"]) if row and both else None,
                 "alpha_gradient": gradients.get(f"{block.layer}.mix.alpha"),
                 "beta_gradient": gradients.get(f"{block.layer}.mix.beta"),
                 "shift_distance": shift_distance(block.module.convolution),
