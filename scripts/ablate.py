@@ -1,4 +1,4 @@
-"""Run a study, arms × seeds of one config, and compare the arms: results.json, results.md, results.png, results.svg.
+"""Run a study, arms × seeds of one config, and compare the arms: results.json, .md, .png, .svg, and report.html.
 
     python scripts/ablate.py STUDY.yaml [--out DIR] [--dry-run] [--collect] [--jobs N] [--print torchrun|slurm]
                                         [KEY.PATH=VALUE ...]
@@ -29,6 +29,8 @@ from acmix.engine.lock import RunLock
 from acmix.errors import UserError
 from acmix.process.program import BAD_USAGE, DONE, FAILED, REQUEUE, Arguments, run_program
 from acmix.process.signals import StopSignals
+from acmix.report.collect import collect
+from acmix.report.page import write_page
 from acmix.studies.budget import Added, check_budget, equal_parameters, probe_keys, scaled_epochs
 from acmix.studies.commands import command, line
 from acmix.studies.found import state_of
@@ -45,6 +47,7 @@ from acmix.telemetry.plot import STYLE
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TRAIN = CHECKOUT / "train.py"
+LEFT_OUT = "a study leaves it out; scripts/report.py with these runs makes it"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,7 +240,11 @@ class Desk:
         print(table, end="")
         for arm, seeds in missing(study, results).items():
             print(f"Not finished: {arm}, seeds {', '.join(map(str, seeds))}")
-        print(f"Wrote {self.out}/results.json, results.md, results.png and results.svg")
+        begun = [run for run in runs if state_of(run) != "new"]
+        arms = collect([run.folder for run in begun], [run.arm for run in begun])
+        left_out = dict.fromkeys((run for arm in arms for run in arm.runs), LEFT_OUT)
+        write_page(self.out / "report.html", arms, left_out, self.typed, results)
+        print(f"Wrote {self.out}/results.json, results.md, results.png, results.svg and report.html")
 
 
 if __name__ == "__main__":

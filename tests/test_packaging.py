@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = {".py", ".cpp", ".h", ".typed", ".html", ".css"}
 BLOCK = """
 import torch
 from acmix import ACmix
@@ -147,9 +148,9 @@ def test_the_wheel_holds_the_package_with_its_sources_and_nothing_else(wheel):
     info = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"acmix", info}
     packaged = {name for name in names if name.startswith("acmix/")}
-    files = [path for path in (ROOT / "acmix").rglob("*") if path.suffix in (".py", ".cpp", ".h", ".typed")]
+    files = [path for path in (ROOT / "acmix").rglob("*") if path.suffix in SHIPPED]
     assert packaged == {path.relative_to(ROOT).as_posix() for path in files}
-    assert {".cpp", ".h", ".typed"} <= {Path(name).suffix for name in packaged}
+    assert {Path(name).suffix for name in packaged} == SHIPPED
     assert f"{info}/licenses/LICENSE" in names
 
 

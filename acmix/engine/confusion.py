@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from acmix.checkpoint.atomic import replacing, write_atomically
 from acmix.process.distributed import Distributed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MOST_LABELS = 40
 
@@ -109,8 +112,9 @@ def write_report(folder: Path, matrix: np.ndarray, classes: list[str], present: 
     write_atomically(folder / "classes.csv", "\n".join(rows) + "\n")
     with replacing(folder / "confusion.csv") as temporary:
         np.savetxt(temporary, matrix, fmt="%d", delimiter=",")
+    figure = draw_confusion(matrix, classes)
     with replacing(folder / "confusion.png") as temporary:
-        _draw(temporary, matrix, classes)
+        figure.savefig(temporary, dpi=150)
 
 
 def _quoted(name: str) -> str:
@@ -122,7 +126,7 @@ def _label(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
 
 
-def _draw(path: Path, matrix: np.ndarray, classes: list[str]) -> None:
+def draw_confusion(matrix: np.ndarray, classes: list[str]) -> "Figure":
     """The confusion matrix with rows in percent of the true class; numbers in the cells where they can be read."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
@@ -142,4 +146,4 @@ def _draw(path: Path, matrix: np.ndarray, classes: list[str]) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
     axes.set(xlabel=f"predicted class ({len(classes)})", ylabel="true class")
-    figure.savefig(path, dpi=150)
+    return figure

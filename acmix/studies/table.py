@@ -12,25 +12,25 @@ _BUDGETS = {
     "parameters": "parameters",
 }
 
+COMPARED = (
+    "top-1 of the last epoch, mean ± standard deviation over the seeds. The difference is over pairs of one seed, "
+    "in points; its interval and p are of a paired t-test, not corrected for the number of arms."
+)
+"""What the table of arms compares."""
+
 
 def markdown(results: Mapping[str, Any], command: str) -> str:
     """The text of `results.md`: what was run, the table of arms, and the path weights by stage where there are any."""
     reference, arms = results["reference"], results["arms"]
-    rows = [
-        ["arm", "top-1, %", "n", "best epoch, %", f"difference to {reference}", "95 % interval", "p", "epochs",
-         "parameters", "multiply-adds", "images/s"],
-        *([*_scores(arm, reference), *_costs(arm)] for arm in arms),
-    ]  # fmt: skip
     lines = [
         f"# {results['study']}",
         "",
         f"{results['model']} on {results['dataset']}, equal {results['equal']}: {_BUDGETS[results['equal']]}.",
         f"Seeds {', '.join(map(str, results['seeds']))}. Made by `{command}`.",
         "",
-        *_table(rows),
+        *_table(comparison(results)),
         "",
-        "top-1 of the last epoch, mean ± standard deviation over the seeds. The difference is over pairs of one seed, "
-        "in points; its interval and p are of a paired t-test, not corrected for the number of arms.",
+        COMPARED,
     ]
     if any(arm["pairs"] < LEAST for arm in arms if arm["name"] != reference):
         lines.append(f"n < {LEAST}: too few seeds for an interval.")
@@ -42,6 +42,16 @@ def markdown(results: Mapping[str, Any], command: str) -> str:
             *_table(_paths(arms)),
         ]
     return "\n".join(lines) + "\n"
+
+
+def comparison(results: Mapping[str, Any]) -> list[list[str]]:
+    """The table of arms: a row of heads, then a row for each arm."""
+    reference = results["reference"]
+    return [
+        ["arm", "top-1, %", "n", "best epoch, %", f"difference to {reference}", "95 % interval", "p", "epochs",
+         "parameters", "multiply-adds", "images/s"],
+        *([*_scores(arm, reference), *_costs(arm)] for arm in results["arms"]),
+    ]  # fmt: skip
 
 
 def _scores(arm: Mapping[str, Any], reference: str) -> list[str]:

@@ -92,7 +92,7 @@ _PATHS = Layout(
 )
 
 
-WEIGHTS = _PATHS.columns[0]
+WEIGHTS, BALANCE = _PATHS.columns
 SHARE = Column("Effective share of attention", "share", (Curve(_measured("attention_share"), BLUE),), span=0.1)
 
 

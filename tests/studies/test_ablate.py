@@ -61,6 +61,8 @@ def test_finished_runs_become_results_table_and_picture(
     assert table in capsys.readouterr().out
     assert ET.parse(out / "results.svg").getroot().tag.endswith("svg")
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    assert page.index('<section id="study">') < page.index("60.00 ± 1.00") < page.index('<section id="what">')
 
 
 def test_results_of_two_seeds_say_that_these_are_too_few_and_what_is_missing(
