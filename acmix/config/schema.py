@@ -348,7 +348,7 @@ class RunConfig(_Section):
     """Epochs from one validation to the next."""
 
     patience: Count = 0
-    """Evaluations in a row without a better top-1 after which the run ends; 0: it runs to its last epoch."""
+    """Evaluations in a row without a better top-1 after which the run ends; its schedule stays as it is; 0: never."""
 
     min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Points of top-1 by which an evaluation must beat the best before it, for run.patience."""
