@@ -135,13 +135,15 @@ class Launcher:
         self._programs.append(started)
         return started
 
-    def start_ranks(self, count: int, *command: Any, env: dict[str, str] | None = None) -> list[Program]:
+    def start_ranks(
+        self, count: int, *command: Any, env: dict[str, str] | None = None, folder: Path = ROOT
+    ) -> list[Program]:
         """Start a program `count` times, as torchrun starts the processes of one group."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         members = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})} for rank in range(count)]
-        return [self.start(*command, env=member) for member in members]
+        return [self.start(*command, env=member, folder=folder) for member in members]
 
     def close(self) -> None:
         for program in self._programs:

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +104,12 @@ def test_bad_config_is_refused(case: str, train: Train, tmp_path: Path) -> None:
         (["optimizer.kwargs.nestrov=true"], ["optimizer.kwargs.nestrov", "optimizer.kwargs.nesterov"]),
         (["schedule.kwargs.k_decay=x"], ["schedule.kwargs.k_decay", "'x'", "number"]),
         (["run.probes=[path]"], ["run.probes", "nearest: paths", "all: paths, path_balance"]),
+        (["run.loggers=[tensorboard, wanbd]"], ["run.loggers.1", "'wandb'"]),
+        (["loss.class_weights={three: 2}"], ["loss.class_weights", "'three'", "nearest"]),
+        pytest.param(
+            ["run.loggers=[mlflow]"], ["run.loggers", "pip install mlflow"],
+            marks=pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed"),
+        ),
         (["model.checkpoint=nowhere.pth"], ["nowhere.pth"]),
         (["--resume", "nowhere"], ["--resume", "nowhere"]),
         (["--resume"], ["--resume", "expected one argument"]),

@@ -38,6 +38,11 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
         )
     if data.labels and dataset.name != "folder":
         found.append((("data", "labels"), f"is for the dataset folder; {data.dataset} holds the classes of its images"))
+    weights, classes = config.loss.class_weights, config.model.num_classes
+    if isinstance(weights, tuple) and classes is not None and len(weights) != classes:
+        found.append((("loss", "class_weights"), f"{len(weights)} weights for {classes} classes (model.num_classes)"))
+    if config.run.min_delta and not config.run.patience:
+        found.append((("run", "min_delta"), "counts only with run.patience, which is 0; set it, or leave this out"))
     for name, (low, high) in (("scale", augment.scale), ("ratio", augment.ratio)):
         if low > high:
             found.append((("augment", name), f"the smallest, {low:g}, is above the largest, {high:g}"))

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from acmix.config.class_weights import ClassWeights
 from acmix.config.image_values import ImageSize, Mean, Probability, Share, Std
 from acmix.config.kinds import IS_PATH, path_keys
 from acmix.config.yaml import write_yaml
@@ -188,6 +189,9 @@ class LossConfig(_Section):
     label_smoothing: BelowOne = 0.0
     """Share of the target spread evenly over all classes."""
 
+    class_weights: ClassWeights = "none"
+    """In training: none, balanced (by the images of a class), {CLASS: WEIGHT} (1 unless named) or a list in order."""
+
 
 class OptimizerConfig(_Section):
     """How the weights are updated."""
@@ -326,6 +330,11 @@ class RunConfig(_Section):
     log_every: Positive = 50
     """Updates from one logged line to the next."""
 
+    loggers: Annotated[tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...], Field(strict=False)] = (
+        "tensorboard",
+    )
+    """Where rows are shown besides metrics.jsonl; csv: train.csv and eval.csv; wandb and mlflow: their packages."""
+
     probes: Names = ("paths", "path_balance", "path_shares")
     """What to measure of the model as it trains; []: nothing."""
 
@@ -337,6 +346,12 @@ class RunConfig(_Section):
 
     eval_every: Positive = 1
     """Epochs from one validation to the next."""
+
+    patience: Count = 0
+    """Evaluations in a row without a better top-1 after which the run ends; its schedule stays as it is; 0: never."""
+
+    min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Points of top-1 by which an evaluation must beat the best before it, for run.patience."""
 
     eval_ema: bool = True
     """Validate the averaged weights, if ema.decay is set."""

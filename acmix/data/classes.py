@@ -128,6 +128,12 @@ class Renumbered:
         """Indices of the classes that the source names, ascending."""
         return sorted(set(self._places.tolist()))
 
+    @property
+    def targets(self) -> np.ndarray | None:
+        """The class of each image, (N,), where the source knows them."""
+        known = getattr(self.source, "targets", None)
+        return None if known is None or class_counts(self.source) is None else self._places[np.asarray(known)]
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -154,6 +160,15 @@ class Renumbered:
 def present_classes(source: "Source") -> list[int]:
     """Indices of the classes that a source may hold images of, ascending."""
     return source.present if isinstance(source, Renumbered) else list(range(len(source.classes)))
+
+
+def class_counts(source: "Source") -> np.ndarray | None:
+    """Images of each class, (C,), by the source's `targets` (N,); None for a source without, or with other ones."""
+    targets = getattr(source, "targets", None)
+    if targets is None or (values := np.asarray(targets)).shape != (len(source),):
+        return None
+    known = values.dtype.kind in "iu" and values.min() >= 0 and values.max() < len(source.classes)
+    return np.bincount(values, minlength=len(source.classes)) if known else None
 
 
 def _natural(name: str) -> list[Any]:

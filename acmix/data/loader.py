@@ -9,7 +9,7 @@ import numpy as np
 
 from acmix.config import Config
 from acmix.data.batch import Batch, Normaliser
-from acmix.data.classes import present_classes
+from acmix.data.classes import class_counts, present_classes
 from acmix.data.datasets import Source, Statistics, build_sources, build_val_source, statistics_of
 from acmix.data.decoded import LIMIT
 from acmix.data.reader import BatchReader, unreadable
@@ -69,6 +69,9 @@ class TrainLoader:
             repeated_aug=config.data.repeated_aug,
             seed=config.run.seed,
         )
+        self.classes = source.classes
+        self.class_counts = class_counts(source)
+        """Training images of each class, (C,); None where the dataset does not tell."""
         self._rank = rank
         self._raises = config.data.on_error == "raise"
         self.images: Images = hold_resident(source, config, statistics) or WorkerImages(

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from acmix.config import DataConfig, find_dataset
@@ -29,6 +30,12 @@ class TimmSource:
         self.classes = _class_names(dataset)
         self._dataset = dataset
         self._name = name
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """The class of each image, (N,), where the dataset holds them."""
+        known = getattr(self._dataset, "targets", None)
+        return None if known is None else np.asarray(known)
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -1,13 +1,12 @@
 """A model and all that changes its weights: loss, gradients, optimizer, schedule, loss scaling, running average."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.loss import BinaryCrossEntropy
 from timm.models import model_parameters
 from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from acmix.config import Config
 from acmix.data.seeding import seed_generators, stream_seed
 from acmix.engine.forward import Mixing, autocast, network_inputs
+from acmix.engine.loss import Loss, class_weights
 from acmix.engine.on_host import OnHost
 from acmix.engine.optim import build_optimizer, build_scheduler, load_optimizer, parameter_groups
 from acmix.errors import UserError
@@ -26,6 +26,8 @@ from acmix.process.distributed import Distributed
 
 if TYPE_CHECKING:
     from acmix.data.loader import Batch, TrainLoader
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Learner:
@@ -43,8 +45,8 @@ class Learner:
     None, `optimizer`, `scheduler`, `scaler`, `path_gradients` the gradients of alpha and beta, by name, in the last
     update if that was measured.
 
-    Raises UserError for SyncBN without CUDA, an optimizer or schedule that cannot be built, and gradient checkpointing
-    that the model does not support.
+    Raises UserError for class weights of other classes, SyncBN without CUDA, an optimizer or schedule that cannot be
+    built, and gradient checkpointing that the model does not support.
     """
 
     def __init__(
@@ -72,7 +74,8 @@ class Learner:
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=config.precision.amp == "fp16")
         self._paths = path_weights(self.model)
         self._frozen_steps = round(config.optimizer.path_freeze_epochs * loader.updates_per_epoch)
-        self._losses = _build_loss(config, mixed=mixing is not None)
+        weights = class_weights(config, loader)
+        self._loss = Loss(config, None if weights is None else weights.to(dist.device), mixed=mixing is not None)
         self._runner: nn.Module = self.model
         if dist.world_size > 1:
             self._runner = _wrap(self.model, dist)
@@ -103,17 +106,22 @@ class Learner:
         All that is random (mixup, drop path, dropout) is seeded from (seed, step, rank, micro-batch) alone.
         """
         losses = []
+        weight = self._mean_weight(batches)
         for micro, batch in enumerate(batches):
             self.dist.watchdog.tick(step, "forward pass")
             with self._synchronise(micro == len(batches) - 1):
-                loss = self.loss(batch, step, micro)
+                loss = self.loss(batch, step, micro, weight)
                 losses.append(OnHost(loss.double()))
                 self.dist.watchdog.tick(step, "backward pass")
                 self.scaler.scale(loss / len(batches)).backward()
         return losses
 
-    def loss(self, batch: "Batch", step: int, micro: int = 0) -> Tensor:
-        """The loss of one micro-batch of a step, a scalar to differentiate."""
+    def loss(self, batch: "Batch", step: int, micro: int = 0, weight: Tensor | None = None) -> Tensor:
+        """The loss of one micro-batch of a step, a scalar to differentiate.
+
+        `weight`: with class weights, the mean over ranks and micro-batches of what their images weigh together, by
+        which the mean of their losses is that of the whole step; None: what the images of this one weigh.
+        """
         seed_step(self.config.run.seed, step, self.dist.rank, micro)
         images, targets = network_inputs(batch, self.config.precision, self.dist.device, self.mixing)
         with autocast(self.config.precision, self.dist.device):
@@ -123,11 +131,14 @@ class Learner:
                     f"model.name: {self.config.model.name} gives a {type(logits).__name__} in training, where one "
                     "tensor of logits is needed; choose another model or model.kwargs"
                 )
-            losses = self._losses(logits, targets)
-        if not batch.errors:
+            losses = self._loss(logits, targets)
+        weights = self._loss.weights(targets)
+        if weights is None and not batch.errors:
             return losses.mean()
         valid = batch.valid.to(losses)  # 0 where another image stands in for one that cannot be read
-        return (losses * valid).sum() / valid.sum().clamp(min=1)
+        if weights is None:
+            return (losses * valid).sum() / valid.sum().clamp(min=1)
+        return (losses * valid).sum() / ((weights * valid).sum() if weight is None else weight).clamp(min=_TINY)
 
     def update(self, step: int, *, measure: bool = False) -> Tensor | None:
         """Take a step (counted from 1) with the accumulated gradients; returns their norm before clipping.
@@ -195,6 +206,20 @@ class Learner:
             return nullcontext()
         return self._runner.no_sync()
 
+    def _mean_weight(self, batches: Sequence["Batch"]) -> Tensor | None:
+        """What `loss` takes as `weight`: the same on all ranks."""
+        totals = []
+        for batch in batches if self.mixing is None else ():
+            weights = self._loss.weights(batch.targets.to(self.dist.device))
+            if weights is not None:
+                totals.append((weights * batch.valid.to(weights)).sum())
+        if not totals:
+            return None
+        total = torch.stack(totals).mean()
+        if self.dist.world_size > 1:
+            total = (self.dist.all_reduce(total.cpu()) / self.dist.world_size).to(total)
+        return total
+
     def _clip(self, clip: float | None, mode: str) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=None)
@@ -252,16 +277,3 @@ def _need_compiler(device: torch.device) -> None:
 def _no_checkpointing(enable: bool) -> None:
     """Used for models without set_grad_checkpointing; timm's that do not support it raise AssertionError too."""
     raise AssertionError
-
-
-def _build_loss(config: Config, *, mixed: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Logits (B, C) and class indices (B,) or soft targets (B, C) → the loss of each image (B,), float32.
-
-    Mixing has already smoothed the targets it makes.
-    """
-    smoothing = 0.0 if mixed else config.loss.label_smoothing
-    if config.loss.name == "bce":
-        binary = BinaryCrossEntropy(smoothing=smoothing, reduction="none")
-        return lambda logits, targets: binary(logits.float(), targets).mean(1)
-    cross_entropy = nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")
-    return lambda logits, targets: cross_entropy(logits.float(), targets)

@@ -1,9 +1,11 @@
 """How far a run is, and what a checkpoint must share with a run that continues it."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from acmix.config import Config, ScheduleConfig
+from acmix.config import Config, RunConfig, ScheduleConfig
 from acmix.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +47,20 @@ def total_updates(schedule: ScheduleConfig, updates_per_epoch: int) -> int:
     """Updates of the weights from the beginning of a run to its end."""
     whole = schedule.epochs * updates_per_epoch
     return min(whole, schedule.steps or whole)
+
+
+def out_of_patience(run: RunConfig, history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last `run.patience` evaluations all failed to beat the best before them by `run.min_delta`.
+
+    It follows from the evaluations alone, so a resumed run counts on as if nothing had happened.
+    """
+    best, since = -math.inf, 0
+    for evaluation in history:
+        if evaluation["top1"] > best + run.min_delta:
+            best, since = evaluation["top1"], 0
+        else:
+            since += 1
+    return 0 < run.patience <= since
 
 
 def refuse_shorter(schedule: ScheduleConfig, step: int, updates_per_epoch: int) -> None:

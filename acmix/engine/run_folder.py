@@ -14,7 +14,7 @@ from acmix.checkpoint.manifest import PROGRESS_FILE
 from acmix.config import Config
 from acmix.config.resume import changed_keys, refuse_fixed
 from acmix.engine.lock import LOCK_NAME
-from acmix.engine.progress import refuse_shorter, total_updates
+from acmix.engine.progress import out_of_patience, refuse_shorter, total_updates
 from acmix.errors import UserError
 from acmix.paths import expand_path, missing_path_hint
 from acmix.process.program import REQUEUE
@@ -218,6 +218,8 @@ def _nothing_to_do(config: Config, folder: Path) -> str | None:
     refuse_fixed(changed_keys(done.get("config"), config))
     refuse_shorter(schedule, step, per_epoch)
     if total_updates(schedule, per_epoch) > step:
+        if out_of_patience(config.run, done.get("history", ())):
+            return f"{folder} is finished at step {step} by run.patience, {config.run.patience}; raise it to go on"
         return None
     limits = {"schedule.epochs": schedule.epochs * per_epoch, "schedule.steps": schedule.steps}
     keys = " and ".join(key for key, limit in limits.items() if limit == step)

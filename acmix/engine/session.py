@@ -19,6 +19,7 @@ from acmix.errors import UserError
 from acmix.process.compiled import keep_compiled
 from acmix.process.distributed import Distributed
 from acmix.process.program import DONE, REQUEUE, ReportedElsewhere
+from acmix.telemetry.loggers import need_packages
 from acmix.telemetry.run_log import RunLog
 
 STATUS_NAMES = {DONE: "done", REQUEUE: "requeue"}
@@ -59,9 +60,10 @@ class Session:
 
         `changes` then holds what the config changes, and `config` the loader of that run where its own is auto; `new`
         holds the names of the parameters that were new when the run began from a grown network.
-        Raises UserError when another process runs in the folder, the checkpoint asked for cannot be read, or the config
-        changes what must stay.
+        Raises UserError when a logger is not installed, another process runs in the folder, the checkpoint asked for
+        cannot be read, or the config changes what must stay.
         """
+        self.dist.on_main(lambda: need_packages(self.config.run.loggers))
         found = self.dist.on_main(self._find_checkpoint)
         folder = self.dist.from_main(None if found is None else str(found.folder))
         if folder is None:
@@ -87,8 +89,13 @@ class Session:
         if self.config.precision.compile:
             cache = self.config.precision.compile_cache
             keep_compiled(Path(cache) if cache else self.folder / COMPILED)
-        self._log = RunLog(self.folder, enabled=self.dist.is_main, resume_step=step)
+        self._log = self.dist.all_or_none(lambda: self._open_log(step))
         self._open = True
+
+    def _open_log(self, step: int) -> RunLog:
+        assert self.folder is not None
+        loggers = self.config.run.loggers
+        return RunLog(self.folder, enabled=self.dist.is_main, resume_step=step, loggers=loggers)
 
     def finish(self, status: int, outcome: dict[str, Any]) -> None:
         """Log the end of the attempt and write its summary."""

@@ -27,7 +27,14 @@ from acmix.engine.forward import network_inputs
 from acmix.engine.learner import Learner
 from acmix.engine.meter import Meter
 from acmix.engine.nonfinite import NonFiniteGuard
-from acmix.engine.progress import Progress, refuse_other_run, refuse_shorter, run_fingerprint, total_updates
+from acmix.engine.progress import (
+    Progress,
+    out_of_patience,
+    refuse_other_run,
+    refuse_shorter,
+    run_fingerprint,
+    total_updates,
+)
 from acmix.engine.saver import Saver
 from acmix.engine.session import Session
 from acmix.engine.unreadable import count_unreadable
@@ -124,19 +131,27 @@ class Trainer:
 
         if stopped:
             self._save_where_stopped()
+        elif self._out_of_patience():
+            log.line(f"Ends here by run.patience: {self.config.run.patience} evaluations without a better top-1")
         self._settle()
         status = REQUEUE if stopped else DONE
         self.session.finish(status, self._outcome())
         return status
 
     def _is_complete(self) -> bool:
-        """Whether nothing is left to do: all steps are taken, and after the last one the model was evaluated.
+        """Whether nothing is left to do: patience is over, or all steps are taken and then the model was evaluated.
 
         A run that was killed between the two is resumed with the evaluation alone to do.
         """
         progress = self.progress
         evaluated = bool(progress.history) and progress.history[-1]["step"] == progress.step
-        return progress.step >= self.total_steps and (evaluated or progress.update_in_epoch == 0)
+        complete = progress.step >= self.total_steps and (evaluated or progress.update_in_epoch == 0)
+        return complete or self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        """Whether the run ends before its last step, because evaluations have stopped getting better."""
+        progress = self.progress
+        return progress.step < self.total_steps and out_of_patience(self.config.run, progress.history)
 
     def _rest_of_epoch(self) -> Iterator[list[Batch]]:
         """The batches of each step that is left of the epoch, or of `schedule.steps`, on the device."""
@@ -226,7 +241,8 @@ class Trainer:
         """Log what the probes measure that are due; `echo` at the start and at the end of each epoch."""
         if not self.dist.is_main:
             return
-        step, end = self.progress.step, self.total_steps if echo else None
+        step = self.progress.step
+        end = (step if self._out_of_patience() else self.total_steps) if echo else None
         for probe in self.probes:
             if probe.is_due(step, logged=logged, end=end):
                 rows = probe.rows(self.learner.model, self._given)
@@ -296,6 +312,7 @@ class Trainer:
             "epoch": progress.epoch,
             "best": progress.best,
             "last": progress.history[-1] if progress.history else None,
+            **({"stopped": "patience"} if self._out_of_patience() else {}),
             "skipped": progress.skipped,
             "parameters": self.learner.parameters,
         }

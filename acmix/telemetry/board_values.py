@@ -6,10 +6,10 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from acmix.telemetry.layer_rows import LayerRows, measured, stage_means
+from acmix.telemetry.layer_rows import LayerRows
 from acmix.telemetry.record import Row, as_number
+from acmix.telemetry.scalars import scalars
 
-_NOT_CURVES = {"event", "time", "step", "epoch", "epochs", "steps", "count"}
 _HYPERPARAMETERS = ("model", "augment", "loss", "optimizer", "schedule", "precision", "ema")
 _METRICS = ("top1", "top5", "loss")
 
@@ -29,7 +29,7 @@ class BoardValues:
     def of(self, row: Row, *, picture: bool = True) -> list[Summary.Value]:
         """The values of a row; `picture` may leave out the picture, which takes the longest."""
         event = row["event"]
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(row)]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row)]
         if event == "paths" and event not in self._probes and row.get("layers"):
             values.extend(_charts(row["layers"]).value)
         if row.get("layers"):
@@ -41,26 +41,6 @@ class BoardValues:
         if event == "end" and isinstance(row.get("last"), dict):
             values.extend(_hyperparameters(self._config, row["last"]))
         return values
-
-
-def _scalars(row: Row) -> Iterator[tuple[str, float]]:
-    event = row["event"]
-    if "layers" in row:
-        yield from _layer_scalars(event, row["layers"])
-    elif event in ("train", "eval"):
-        for key, value in row.items():
-            number = as_number(value)
-            if key not in _NOT_CURVES and number is not None:
-                yield f"{event}/{key}", number
-
-
-def _layer_scalars(event: str, layers: LayerRows) -> Iterator[tuple[str, float]]:
-    for key, column in measured(layers).items():
-        for layer, value in zip(layers, column, strict=True):
-            if value is not None:
-                yield f"{event}/{key}/{layer['stage']}/{layer['layer']}", value
-        for stage, mean in stage_means(layers, column).items():
-            yield f"{event}/{key}/{stage}/mean", mean
 
 
 def _charts(layers: LayerRows) -> Summary:

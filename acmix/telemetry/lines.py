@@ -1,7 +1,7 @@
 """How the rows of a run read on a terminal or in a job's output."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ _TRAIN: tuple[tuple[str, Callable[[float], str]], ...] = (
 )
 
 
-def start_lines(run_dir: Path, step: int) -> list[str]:
-    """Where the results go, and from which update a resumed run continues."""
+def start_lines(run_dir: Path, step: int, places: Sequence[str] = ()) -> list[str]:
+    """Where the results go, loggers included, and from which update a resumed run continues."""
     resumed = [f"Continuing after update {step}"] if step else []
-    return [f"Results go to {run_dir} (metrics.jsonl, tensorboard/, checkpoints/)", *resumed]
+    return [f"Results go to {run_dir} ({', '.join(['metrics.jsonl', *places, 'checkpoints/'])})", *resumed]
 
 
 def train_line(row: Row) -> str:

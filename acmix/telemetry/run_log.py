@@ -1,21 +1,21 @@
-"""A run's log behind one call: lines on stdout, `metrics.jsonl` and TensorBoard.
+"""A run's log behind one call: lines on stdout, `metrics.jsonl`, and the loggers that are asked for.
 
-`metrics.jsonl` is the record; TensorBoard is a view of it, rebuilt from the record when a run is resumed. So the two
-always agree, each tag has one value per step, and what a kill cut from an event file is restored.
+`metrics.jsonl` is the record; TensorBoard and CSV are views of it, rebuilt from the record when a run is resumed. So
+they always agree, each tag has one value per step, and what a kill cut from a file is restored.
 """
 
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from acmix.telemetry.board import Board
 from acmix.telemetry.layer_rows import LayerRows
 from acmix.telemetry.lines import end_line, eval_line, probe_line, start_lines, train_line
+from acmix.telemetry.loggers import Logger, open_loggers, places
 from acmix.telemetry.record import Record, plain
 
 Row = Mapping[str, Any]
@@ -41,28 +41,38 @@ class RunLog:
         enabled: whether this process writes.
         resume_step: the step to resume from. Rows of later steps, the `end` row and a line torn by a kill are removed
             from the record first, atomically. None, like 0, begins again: no row of an earlier attempt stays.
+        loggers: where rows are shown besides: tensorboard, csv, wandb, mlflow.
 
     Each row is a single write, so no kill loses a row whose method has returned. When the disk is full, rows wait in
     memory, a warning says so once, and each later row tries to write them all.
 
-    Raises UserError when the run folder cannot be written.
+    Raises UserError when the run folder cannot be written, or a logger cannot begin.
     """
 
-    def __init__(self, run_dir: Path, *, enabled: bool = True, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        enabled: bool = True,
+        resume_step: int | None = None,
+        loggers: Sequence[str] = ("tensorboard",),
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.enabled = enabled
         self._step = resume_step or 0
         self._started = time.monotonic()
         self._bar: tqdm[Any] | None = None
+        self._places = places(loggers)
+        self._loggers: list[Logger] = []
         if enabled:
             self._record = Record(self.run_dir / "metrics.jsonl", keep_step=self._step)
-            self._board = Board(self.run_dir / "tensorboard", self._record)
+            self._loggers = open_loggers(loggers, self.run_dir, self._record)
 
     def start(self, info: Row) -> None:
         """The first row of a process: config, versions, git revision, parameters, device; says where results go."""
         if self.enabled:
             self._write("start", {"step": self._step, "resumed_from": self._step or None, **info})
-            self.line(*start_lines(self.run_dir, self._step))
+            self.line(*start_lines(self.run_dir, self._step, self._places))
 
     def train(self, row: Row) -> None:
         """Progress of training: `step`, `epoch`, `loss`, `lr`, `images_per_second` and, where measured, `grad_norm`,
@@ -132,10 +142,12 @@ class RunLog:
     def close(self) -> None:
         """Write what is pending and close the files; may be called more than once."""
         if self.enabled:
-            self._board.close()
+            for logger in self._loggers:
+                logger.close()
             self._record.close()
 
     def _write(self, event: str, row: Row) -> None:
         written = self._record.write({"event": event, **row})
         if written is not None:
-            self._board.show(written)
+            for logger in self._loggers:
+                logger.show(written)

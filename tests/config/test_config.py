@@ -326,6 +326,7 @@ def test_overrides_reach_every_level_and_are_refused_twice(tmp_path: Path) -> No
         (["augment.scale=[0.9, 1.1]"], "augment.scale"),
         (["augment.ratio=[2, 1]"], "augment.ratio"),
         (["augment.mixup=0.8", "data.batch_size=7"], "data.batch_size"),
+        (["run.min_delta=0.5"], "run.min_delta"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(overrides: list[str], key: str, tmp_path: Path) -> None:
