@@ -208,13 +208,13 @@ class Learner:
 
     def _mean_weight(self, batches: Sequence["Batch"]) -> Tensor | None:
         """What `loss` takes as `weight`: the same on all ranks."""
-        totals = []
-        for batch in batches if self.mixing is None else ():
-            weights = self._loss.weights(batch.targets.to(self.dist.device))
-            if weights is not None:
-                totals.append((weights * batch.valid.to(weights)).sum())
-        if not totals:
+        if self.mixing is not None or not self._loss.weighted:
             return None
+        totals = []
+        for batch in batches:
+            weights = self._loss.weights(batch.targets.to(self.dist.device))
+            assert weights is not None
+            totals.append((weights * batch.valid.to(weights)).sum())
         total = torch.stack(totals).mean()
         if self.dist.world_size > 1:
             total = (self.dist.all_reduce(total.cpu()) / self.dist.world_size).to(total)

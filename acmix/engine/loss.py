@@ -39,6 +39,11 @@ class Loss:
         if config.loss.name == "bce":
             self._binary = BinaryCrossEntropy(smoothing=self._smoothing, reduction="none")
 
+    @property
+    def weighted(self) -> bool:
+        """Whether there are class weights."""
+        return self._weights is not None
+
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss of each image, (B,)."""
         logits = logits.float()
