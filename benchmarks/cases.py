@@ -17,14 +17,16 @@ from acmix.config import load_config
 from acmix.errors import UserError
 from acmix.layers.attention import LocalAttention
 from acmix.layers.block import ACmix
-from acmix.layers.convolution import ShiftConv
+from acmix.layers.convolution import KINDS, ShiftConv
 from acmix.models import create_model
 from benchmarks.authors import Authors
 from benchmarks.timing import use_threads
 
 HEADS = 4
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PART = re.compile(r"(?P<kind>block|attention|shift_conv):(?P<channels>\d+)x(?P<size>\d+)(?:s(?P<stride>\d+))?")
+_PART = re.compile(
+    r"(?P<kind>block|attention|shift_conv):(?P<channels>\d+)x(?P<size>\d+)(?:s(?P<stride>\d+))?(?::(?P<shift>\w+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def build_case(subject: str, setting: Setting, impl: str = "auto") -> Case:
     Args:
         subject: a timm model (ours or another), the model of a config (`FILE.yaml`), `torchvision:NAME`,
             `authors:NAME`, or a part: `block:CHANNELSxSIZE`, `attention:...`, `shift_conv:...` or `authors:block:...`,
-            with `sSTRIDE` at the end if it strides.
+            with `sSTRIDE` behind the size if it strides, `:SHIFT` at the end for another shift than the learned one.
         impl: implementation of the ACmix operations, for subjects that have them.
 
     Raises UserError for a name that means nothing, or an implementation that the subject cannot take.
@@ -159,14 +161,16 @@ def _authors_module(subject: str, name: str, part: re.Match[str] | None, setting
 def _our_module(subject: str, part: re.Match[str] | None, setting: Setting, impl: str) -> nn.Module:
     if part is None:
         return _configured(subject, setting, impl) if _is_config(subject) else _network(subject, impl)
-    channels, stride = int(part["channels"]), int(part["stride"] or 1)
+    channels, stride, shift = int(part["channels"]), int(part["stride"] or 1), part["shift"] or "learned"
     if channels % HEADS:
         raise UserError(f"{subject}: {channels} channels do not divide into {HEADS} heads")
+    if shift not in KINDS or (part["shift"] and part["kind"] == "attention"):
+        raise UserError(f"{subject}: behind a block or shift_conv may stand a kind of shift: {', '.join(KINDS)}")
     if part["kind"] == "block":
-        return ACmix(channels, channels, HEADS, stride=stride, impl=impl)
+        return ACmix(channels, channels, HEADS, stride=stride, shift=shift, impl=impl)
     if part["kind"] == "attention":
         return LocalAttention(HEADS, channels // HEADS, stride=stride, impl=impl)
-    return ShiftConv(HEADS, channels // HEADS, stride=stride, impl=impl)
+    return ShiftConv(HEADS, channels // HEADS, stride=stride, kind=shift, impl=impl)
 
 
 def _network(name: str, impl: str) -> nn.Module:

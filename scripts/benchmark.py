@@ -8,7 +8,7 @@
 
 A subject is a timm model (ours or another), the model of a config (FILE.yaml), torchvision:NAME, authors:NAME
 (resnet26, swin_tiny, ...), or a part of a network, CHANNELSxSIZE with sSTRIDE where it strides: block:64x56,
-block:128x28s2, authors:block:64x56, attention:64x56, shift_conv:64x56. --data times the
+block:128x28s2, authors:block:64x56, attention:64x56, shift_conv:64x56, shift_conv:64x56:full. --data times the
 loader of a run alone, its model alone, and both. CLONE is a clone of github.com/LeapLabTHU/ACmix, FOLDER holds
 photographs in class folders.
 

@@ -25,6 +25,7 @@ from benchmarks.parity import ParityError, check_parity
         ("block:32x12s2", "tiled"),
         ("attention:32x9", "tiled"),
         ("shift_conv:32x9", "folded"),
+        ("shift_conv:32x9:shift", "auto"),
         ("shift_conv:32x9s2", "dense"),
     ],
 )
