@@ -30,10 +30,26 @@ def fit_channels(model: nn.Module, weights: dict[str, Tensor], source: str) -> d
 
 
 def fit_positions(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Weights whose tables of positions have the model's shapes: interpolated by its family's `checkpoint_filter_fn`.
+    """Weights whose tables of positions have the model's shapes.
 
-    That is timm's name for what a family's file does to weights before they are loaded. A warning on stderr names
-    `source` where this changes something. Raises ValueError for a table that cannot be interpolated.
+    A warning on stderr names `source` where this changes something. Raises ValueError as `interpolated_positions`.
+    """
+    interpolated = interpolated_positions(model, weights)
+    if interpolated:
+        print(
+            f"warning: {source}: {len(interpolated)} of its tables of positions are for another size of image; "
+            "interpolated",
+            file=sys.stderr,
+        )
+    return weights | interpolated
+
+
+def interpolated_positions(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tables of positions among the weights that have another shape than the model's, interpolated to it, by name.
+
+    That is done by the `checkpoint_filter_fn` of the model's family, timm's name for what a family's file does to
+    weights before they are loaded; a family without one gives none. Raises ValueError for a table that cannot be
+    interpolated.
     """
     own = model.state_dict()
     others = [
@@ -43,15 +59,11 @@ def fit_positions(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
     ]
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if not others or convert is None:
-        return weights
+        return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of how timm indexes
         converted = convert(dict(weights), model)
-    print(
-        f"warning: {source}: {len(others)} of its tables of positions are for another size of image; interpolated",
-        file=sys.stderr,
-    )
-    return weights | {name: converted[name] for name in others if name in converted}
+    return {name: converted[name] for name in others if name in converted}
 
 
 def _first_convolutions(model: nn.Module) -> tuple[str, ...]:

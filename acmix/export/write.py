@@ -88,8 +88,10 @@ def export(
         plain = _write(unfolded, form, Path(folder, f"unfolded{out.suffix}"), metadata, any_size, check_guards=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times = median_milliseconds([folded.run, plain.run], images[:1])
-    torch.set_num_threads(threads)
+    try:
+        times = median_milliseconds([folded.run, plain.run], images[:1])
+    finally:
+        torch.set_num_threads(threads)
     return {
         "out": str(out),
         "format": form,

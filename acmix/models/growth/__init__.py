@@ -1,12 +1,11 @@
 """Start from what is trained: the weights of a plain network in an ACmix network, whose new path has no weight yet."""
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from acmix.checkpoint.fit import interpolated_positions
 from acmix.errors import UserError
 from acmix.layers import ACmix
 from acmix.models.acmix_resnet import ACmixResNet
@@ -15,8 +14,6 @@ from acmix.models.growth.kernels import refuse_unfit
 from acmix.models.growth.paths import grow_block, mix_values
 from acmix.models.growth.report import Growth, Layer
 from acmix.models.growth.residual import CONVOLUTION, Options, approximated, first_weights, grow_bottlenecks
-
-_POSITIONS = ("relative_position_bias_table", "pos_embed")
 
 
 @torch.no_grad()
@@ -138,21 +135,11 @@ def _leave_classifier(network: nn.Module, given: dict[str, Tensor], growth: Grow
 
 
 def _fit_positions(network: nn.Module, given: dict[str, Tensor], growth: Growth) -> None:
-    """Interpolate tables of positions that are for other windows, by the family's `checkpoint_filter_fn`."""
-    own = network.state_dict()
-    others = [
-        name
-        for name, value in given.items()
-        if name.endswith(_POSITIONS) and name in own and own[name].shape != value.shape
-    ]
-    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if not others or convert is None:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of how timm indexes
-        try:
-            converted = convert(dict(given), network)
-        except ValueError as error:
-            raise UserError(f"{others[0]}: {error}") from None
-    given |= {name: converted[name] for name in others}
-    growth.notes.append(f"{len(others)} tables of positions are for another size of image; interpolated")
+    """Interpolate tables of positions that are for other windows; UserError for one that cannot be."""
+    try:
+        interpolated = interpolated_positions(network, given)
+    except ValueError as error:
+        raise UserError(f"tables of positions of the source: {error}") from None
+    if interpolated:
+        given |= interpolated
+        growth.notes.append(f"{len(interpolated)} tables of positions are for another size of image; interpolated")
