@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic.fields import FieldInfo
+
 from acmix.config.schema import Config
 from acmix.errors import UserError
 
@@ -198,11 +200,20 @@ def changed_keys(saved: Mapping[str, Any] | None, config: Config) -> Changes:
             name, new = f"{section}.{key}", now[section][key]
             if key not in before and field.is_required():
                 continue
-            default = _BEFORE_THE_KEY.get(name, _as_json(field.get_default()))
-            old: Any = before.get(key, default)
+            old: Any = before.get(key, _before(name, field))
             pairs = _entries(name, old, new) if key == "kwargs" else [(name, old, new)]
             changes.update({path: (a, b) for path, a, b in pairs if a != b and VERDICTS[name].kind != "place"})
     return changes
+
+
+def values_before_keys() -> dict[str, Any]:
+    """Key path → what runs did that are older than the key, for the keys that are not required."""
+    return {
+        f"{section}.{key}": _before(f"{section}.{key}", field)
+        for section, info in Config.model_fields.items()
+        for key, field in info.annotation.model_fields.items()  # type: ignore[union-attr]
+        if not field.is_required()
+    }
 
 
 def refuse_fixed(changes: Changes) -> None:
@@ -246,8 +257,9 @@ def _entries(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Itera
         yield f"{name}.{key}", old.get(key), new.get(key)
 
 
-def _as_json(default: object) -> object:
-    return list(default) if isinstance(default, tuple) else default
+def _before(name: str, field: FieldInfo) -> Any:
+    default = field.get_default()
+    return _BEFORE_THE_KEY.get(name, list(default) if isinstance(default, tuple) else default)
 
 
 def _is_off(value: object) -> bool:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from acmix.config.resume import shown
+from acmix.config.resume import shown, values_before_keys
 from acmix.config.yaml import read_yaml
 from acmix.engine.run_folder import CONFIG, METRICS
 from acmix.errors import UserError
@@ -16,6 +16,12 @@ from acmix.telemetry.record import Row, as_number, read_rows
 
 OF_A_SEED = ("run.seed", "run.dir")
 """Keys in which the seeds of one arm differ."""
+
+_OF_WATCHING = (
+    "run.probes", "run.log_every", "run.loggers", "run.keep", "run.checkpoint_every", "run.threads", "paths.every",
+    "paths.images",
+)  # fmt: skip
+"""Keys that say how a run is watched, kept and computed, not what is trained; seeds of one arm may differ in them."""
 
 _STOPPED = {"requeue": "stopped by a signal", "failed": "failed"}
 
@@ -104,7 +110,8 @@ class Arm:
 def collect(folders: Sequence[Path], names: Sequence[str] | None = None) -> list[Arm]:
     """Read run folders and group them into arms, in order of appearance.
 
-    Runs are of one arm if their configs are equal but for `OF_A_SEED`; with `names`, one a folder, if their names are.
+    Runs are of one arm if their configs train the same but for `OF_A_SEED`; with `names`, one a folder, if their names
+    are equal.
     Raises UserError for a folder that is given twice or holds no run.
     """
     seen: set[Path] = set()
@@ -157,14 +164,21 @@ def common(values: Mapping[str, str]) -> str:
 
 
 def _read_config(folder: Path, rows: Sequence[Row]) -> Mapping[str, Any]:
-    """From `config.yaml`, else from the record; a file that cannot be read is as good as none."""
+    """From `config.yaml`, else from the record; a file that cannot be read is as good as none.
+
+    Keys that are younger than the run have what it did before there were any.
+    """
     try:
         values = read_yaml((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG)).values
     except (OSError, UnicodeDecodeError, UserError):
         values = None
     if not isinstance(values, dict):
         values = next((row["config"] for row in rows if isinstance(row.get("config"), dict)), {})
-    return dict(_flat(values))
+    if not values:
+        return {}
+    known = dict(_flat(values))
+    mappings = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count("."))}
+    return {key: value for key, value in values_before_keys().items() if key not in mappings} | known
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
@@ -180,7 +194,7 @@ def _identity(run: Run) -> str:
     """Equal for runs of one arm; a run without a config is an arm of its own."""
     if not run.config:
         return str(run.folder.resolve())
-    return repr(sorted((key, shown(value)) for key, value in run.config.items() if key not in OF_A_SEED))
+    return repr(sorted((k, shown(v)) for k, v in run.config.items() if k not in (*OF_A_SEED, *_OF_WATCHING)))
 
 
 def _name(run: Run) -> str:

@@ -2,7 +2,6 @@
 
 import io
 import re
-import runpy
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
@@ -13,7 +12,9 @@ import pytest
 
 from acmix.checkpoint.atomic import write_atomically
 from acmix.config import load_config
+from acmix.report.collect import collect
 from acmix.telemetry.run_log import RunLog
+from scripts import report as report_program
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -56,11 +57,10 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """`report(run, ..., option, ...)`: the page of some runs."""
-    main = runpy.run_path(str(ROOT / "scripts" / "report.py"))["main"]
 
     def make(*arguments: object) -> Page:
         out = tmp_path_factory.mktemp("page") / "page.html"
-        assert main([*map(str, arguments), "--out", str(out)]) == 0
+        assert report_program.main([*map(str, arguments), "--out", str(out)]) == 0
         return Page(out.read_text())
 
     return make
@@ -119,6 +119,14 @@ def test_seeds_become_mean_and_deviation_and_arms_stand_side_by_side(five: Page)
     assert re.search(r"mixed\s*2\s*62\.00 ± 1\.41", five.text["results"])
     assert re.search(r"plain\s*1\s*61\.00(?! ±)", five.text["results"])
     assert re.search(r"model\.kwargs\.mix\s*–\s*attention\s*–", five.text["what"])
+
+
+def test_runs_older_than_a_key_or_watched_otherwise_are_seeds_of_the_same_arm(tmp_path: Path) -> None:
+    old, new = leave_run(tmp_path / "a" / "seed-0"), leave_run(tmp_path / "a" / "seed-1", "run.seed=1", "run.probes=[]")
+    config = old / "config.yaml"
+    config.write_text("".join(x for x in config.read_text().splitlines(keepends=True) if "path_freeze_epochs" not in x))
+    other = leave_run(tmp_path / "b" / "seed-0", "optimizer.path_freeze_epochs=3")
+    assert [[run.folder for run in arm.runs] for arm in collect([old, new, other])] == [[old, new], [other]]
 
 
 def test_a_hostile_name_stays_text(five: Page) -> None:
