@@ -2,11 +2,11 @@
 
 import io
 import re
+import runpy
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -202,8 +202,7 @@ def test_what_is_no_run_is_refused(
     arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = leave_run(tmp_path / "run", paths=False)
-    main: Any = runpy.run_path(str(ROOT / "scripts" / "report.py"))["main"]
     given = [text.format(run=run) for text in arguments]
-    assert main(["--out", str(tmp_path / "page.html"), "--no-evaluation", *given]) == 2
+    assert report_program.main(["--out", str(tmp_path / "page.html"), "--no-evaluation", *given]) == 2
     assert re.search(told, capsys.readouterr().err)
     assert not (tmp_path / "page.html").exists()
