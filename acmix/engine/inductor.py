@@ -14,7 +14,8 @@ def keep_stores_inside() -> None:
     import torch.compiler.config as settings
     from torch._inductor.codegen.cpp import CppKernelProxy, CppTile2DKernel, CppVecKernel
 
-    aggregate = CppKernelProxy.aggregate_reduction_buffers
+    proxies: Any = CppKernelProxy
+    aggregate = proxies.aggregate_reduction_buffers
 
     def with_the_rest(proxy: Any, apart: bool, loop: Any) -> None:
         """`apart`: whether the rest of `loop` has stores of its own."""
@@ -24,5 +25,5 @@ def keep_stores_inside() -> None:
             apart = loops[-1].is_reduction and not loops[outer].is_reduction
         aggregate(proxy, apart, loop)
 
-    CppKernelProxy.aggregate_reduction_buffers = with_the_rest
+    proxies.aggregate_reduction_buffers = with_the_rest
     settings.cache_key_tag += " stores kept inside"  # what a cache holds from before is not taken
