@@ -225,8 +225,7 @@ class ACmix(nn.Module):
     def _as_convolution(self, x: Tensor) -> bool:
         """Whether a 1×1 convolution is a faster projection than a matrix product.
 
-        Never in a graph for a CPU: Inductor takes what comes before a convolution for (B, C, H, W), also a map of shape
-        (B, H, W, C), and makes the one before the last axis the innermost in memory.
+        Never in a compiled graph for a CPU, for the reason in `acmix/ops/opaque.py`.
         """
         channels_last = is_channels_last(x)
         if x.device.type != "cpu":
