@@ -14,6 +14,7 @@ from acmix import models  # noqa: F401 - registers the networks
 from acmix.engine.inductor import keep_stores_inside
 from acmix.engine.run_folder import COMPILED
 from acmix.ops.native import cxx_compiler
+from acmix.process import compiled
 from acmix.testing import error_budget, relative_error
 
 pytestmark = pytest.mark.skipif(cxx_compiler() is None, reason="torch.compile needs a C++ compiler")
@@ -24,9 +25,25 @@ TINY = (
 )  # fmt: skip
 NETWORKS = {
     "resnet": ("acmix_resnet26", {"base_width": 16, "stem": "cifar", "layers": (1, 1, 1, 1)}),
-    "swin": ("acmix_swin_tiny", {"img_size": 32, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "heads": (2, 4)}),
-    "pvt": ("acmix_pvt_tiny", {"img_size": 32, "embed_dims": (16, 32), "heads": (1, 2), "depths": (1, 1)}),
-    "san": ("acmix_san10", {"base_width": 16, "stem": "cifar", "kernel_att": (3, 3, 7), "layers": (1, 1, 1)}),
+    "swin": (
+        "acmix_swin_tiny",
+        {"img_size": 32, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "heads": (2, 16)},
+    ),
+    "pvt": (
+        "acmix_pvt_tiny",
+        {
+            "img_size": 32,
+            "embed_dims": (16, 32),
+            "heads": (1, 2),
+            "depths": (1, 1),
+            "reductions": (4, 1),
+            "mlp_ratios": (4.0, 4.0),
+        },
+    ),
+    "san": (
+        "acmix_san10",
+        {"base_width": 16, "stem": "cifar", "kernel_att": (3, 3, 3, 3, 7), "layers": (1, 1, 1, 1, 1)},
+    ),
 }
 
 
@@ -104,6 +121,27 @@ def test_a_compiled_training_step_is_as_exact_as_an_eager_one(
     error = relative_error(gradients(torch.compile(net, dynamic=False), net, images), target)
     assert fenced.trespassed() == []
     assert error <= error_budget(plain, torch.float32)
+
+
+def test_what_a_killed_compiler_left_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_GIVEN", {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    @torch.compile
+    def twice(x: Tensor) -> Tensor:
+        return x.sin() + x
+
+    x = torch.arange(40.0)
+    twice(x)
+    library = next(tmp_path.glob("*/*.main.so"))
+    library.unlink()  # this process has it in memory
+    library.touch()  # as the linker begins
+    (library.parent / f"{library.stem}_CxxBuild").mkdir()
+    torch.compiler.reset()
+    torch._inductor.utils.clear_caches()
+    compiled.keep_compiled(tmp_path)
+    torch.testing.assert_close(twice(x), x.sin() + x)
+    assert library.stat().st_size
 
 
 @pytest.mark.slow
