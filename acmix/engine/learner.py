@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from acmix.config import Config
 from acmix.data.seeding import seed_generators, stream_seed
 from acmix.engine.forward import Mixing, autocast, network_inputs
+from acmix.engine.inductor import keep_stores_inside
 from acmix.engine.loss import Loss, class_weights
 from acmix.engine.on_host import OnHost
 from acmix.engine.optim import build_optimizer, build_scheduler, load_optimizer, parameter_groups
@@ -80,7 +81,7 @@ class Learner:
         if dist.world_size > 1:
             self._runner = _wrap(self.model, dist)
         if config.precision.compile:
-            _need_compiler(dist.device)
+            _prepare_compiler(dist.device)
             self._runner.compile()  # in place: no wrapper, no `_orig_mod.` in the state dict
 
     @property
@@ -269,9 +270,12 @@ def _wrap(model: nn.Module, dist: Distributed) -> DistributedDataParallel:
         )
 
 
-def _need_compiler(device: torch.device) -> None:
-    if device.type == "cpu" and cxx_compiler() is None:
+def _prepare_compiler(device: torch.device) -> None:
+    if device.type != "cpu":
+        return
+    if cxx_compiler() is None:
         raise UserError("precision.compile needs a C++ compiler on the CPU; install g++ or set it to false")
+    keep_stores_inside()
 
 
 def _no_checkpointing(enable: bool) -> None:

@@ -223,9 +223,14 @@ class ACmix(nn.Module):
         return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _as_convolution(self, x: Tensor) -> bool:
-        """Whether a 1×1 convolution is a faster projection than a matrix product."""
+        """Whether a 1×1 convolution is a faster projection than a matrix product.
+
+        Never in a compiled graph for a CPU, for the reason in `acmix/ops/opaque.py`.
+        """
         channels_last = is_channels_last(x)
-        return channels_last and self.in_channels < WIDE if x.device.type == "cpu" else not channels_last
+        if x.device.type != "cpu":
+            return not channels_last
+        return channels_last and self.in_channels < WIDE and not torch.compiler.is_compiling()
 
 
 def _row(tokens: Tensor, maps: Tensor) -> Tensor:

@@ -114,3 +114,19 @@ def test_the_perceptron_takes_parts_in_inference_unless_a_hook_wants_to_see_it_w
         assert block._rows_in_part(x) == (0 if hooked else 9)
         torch.testing.assert_close(block(x), want)
     assert called == ([2] if hooked else [])
+
+
+def test_a_compiled_network_has_no_convolution_of_pytorch_but_the_first():
+    """For one, Inductor would take the maps before it for (B, C, H, W), and lay them out as (B, W, C, H)."""
+    targets = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]):
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    few_and_many = {**SMALL, "depths": (1, 1), "heads": (2, 16)}
+    model = timm.create_model("acmix_swin_tiny", img_size=16, window_size=4, **few_and_many).eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(model, backend=keep, fullgraph=True)(x), model(x))
+    assert [getattr(target, "__name__", None) for target in targets].count("conv2d") == 1

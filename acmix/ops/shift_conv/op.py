@@ -18,6 +18,7 @@ from acmix.ops.maps import (
     keepable,
     without_autocast,
 )
+from acmix.ops.opaque import convolve
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
 
 
@@ -171,7 +172,7 @@ def _unfolded(
     maps = _side_by_side(q, k, v, _width(q, k, v, fc_weight.shape[1]))
     (mixed,) = keepable(_as_map(F.linear(maps, fc_weight, fc_bias)))
     padding = dilation * (shift_weight.shape[-1] // 2)
-    return F.conv2d(mixed, shift_weight, bias, stride, padding, dilation, maps.shape[3])
+    return convolve(mixed, shift_weight, bias, stride, padding, dilation, maps.shape[3])
 
 
 def _side_by_side(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
