@@ -45,9 +45,9 @@ inline void add_products(int count, T *const *weights, T *const *grads, T *const
 // Gradients (K², LANES) of weights become scale * those of logits; `mean` is that of the gradients by the weights, whose
 // sum is `total`. The mean of what is left after it makes good its rounding, which counts where all values are alike.
 inline void softmax_backward(const T *weights, T *grads, Vec mean, Vec total, T scale) {
-    Vec left = {};
-    for (int i = 0; i < K * K; i++) left += (load(grads + i * LANES) - mean) * load(weights + i * LANES);
-    mean += left / total;
+    Vec left[4] = {};  // sums that do not wait for each other
+    for (int i = 0; i < K * K; i++) left[i % 4] += (load(grads + i * LANES) - mean) * load(weights + i * LANES);
+    mean += ((left[0] + left[1]) + (left[2] + left[3])) / total;
     for (int i = 0; i < K * K; i++) {
         Vec weight = load(weights + i * LANES) * scale;
         store(grads + i * LANES, (load(grads + i * LANES) - mean) * weight);
