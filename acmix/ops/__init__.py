@@ -1,9 +1,10 @@
-"""Arithmetic of the ACmix block on tensors: sliding-window and patchwise attention, the folded shift convolution."""
+"""Arithmetic of the ACmix block on tensors: the attentions, and the folded shift convolution."""
 
 from acmix.ops.local_attention import local_attention
 from acmix.ops.local_mix import local_mix, local_mix_refusal
 from acmix.ops.patchwise import patch_aggregation, patch_features
 from acmix.ops.shift_conv import grouped_conv, shift_conv
+from acmix.ops.window_attention import window_attention, window_attention_refusal
 
 from acmix.ops import counts  # isort: skip - it registers formulas for the operations defined above
 
@@ -16,4 +17,6 @@ __all__ = [
     "patch_aggregation",
     "patch_features",
     "shift_conv",
+    "window_attention",
+    "window_attention_refusal",
 ]

@@ -44,6 +44,18 @@ def grouped_conv_backward_flops(
     return 4 * _two_steps(q, weight, stride)
 
 
+@register_flop_formula(torch.ops.acmix.window_attention)
+def window_attention_flops(q: Shape, k: Shape, v: Shape, bias: Shape, *options: Any, **_: Any) -> int:
+    """Two products with every member of its window for each value of q."""
+    return 4 * bias[1] * prod(q)
+
+
+@register_flop_formula(torch.ops.acmix.window_attention_backward)
+def window_attention_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
+    """The gradients of both products."""
+    return 8 * inputs[3][1] * prod(grad_out)
+
+
 @register_flop_formula(torch.ops.acmix.local_mix)
 def local_mix_flops(qkv: Shape, position_weight: Shape, weight: Shape, alpha: Shape, *options: Any, **_: Any) -> int:
     """Those of both operations."""

@@ -37,20 +37,21 @@ def plain_gradients(
         return torch.func.vjp(call, *inputs)[1](grad_out)
 
 
-def register_second_derivative(name: str, backward: CustomOpDef, plain: Plain, options: int) -> None:
-    """Let autograd differentiate an operation's backward pass: (grad_out, four inputs, ..., *options, one that
-    changes no number).
+def register_second_derivative(name: str, backward: CustomOpDef, plain: Plain, options: int, idle: int = 1) -> None:
+    """Let autograd differentiate an operation's backward pass: (grad_out, four inputs, ..., *options, *idle ones).
 
     Args:
         name: Of the operation.
         backward: The custom operation that computes its gradients.
         plain: The operation in plain PyTorch, for the four inputs and the options.
         options: How many there are.
+        idle: How many arguments at the end change no number.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:5])
-        ctx.options = inputs[-1 - options : -1]
+        end = len(inputs) - idle
+        ctx.options = inputs[end - options : end]
         ctx.others = (None,) * (len(inputs) - 5)
 
     def derivative(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:

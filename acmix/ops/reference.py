@@ -1,4 +1,4 @@
-"""Both operations of the ACmix block in plain eager torch, for any floating-point dtype: the specification.
+"""The operations of the ACmix block in plain eager torch, for any floating-point dtype: the specification.
 
 Every fast implementation is tested against this file in float64. It follows the paper (section 4) literally, without
 the identities that the fast implementations use, and favours reading over speed.
@@ -90,6 +90,45 @@ def local_attention(
     for weight, value in zip(attention.unbind(2), _window(v, kernel_size, stride, dilation), strict=True):
         out = out + weight.unsqueeze(2) * value
     return out.to(v.dtype).flatten(1, 2)
+
+
+def shift_mask(height: int, width: int, window_size: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """-100 between pixels of a window that a roll by `shift` brought together from different regions, else 0.
+
+    Shape (windows of an H x W map, 1, area, area).
+    """
+    regions = torch.zeros(1, 1, height, width)
+    for dim, (size, window, step) in enumerate(zip((height, width), window_size, shift, strict=True), start=2):
+        index = torch.arange(size).view([-1 if d == dim else 1 for d in range(4)])
+        regions = regions * 3 + (index >= size - window).float() + (index >= size - step).float()
+    cells = F.unfold(regions, window_size, stride=window_size)[0].t()  # (windows, area)
+    return torch.where(cells[:, None] == cells[:, :, None], 0.0, -100.0)[:, None]
+
+
+def _tiles(maps: Tensor, heads: int, window_size: tuple[int, int]) -> Tensor:
+    """(B, N * d, H, W) to (B, N, d, area, windows)."""
+    return F.unfold(maps, window_size, stride=window_size).unflatten(1, (heads, -1, window_size[0] * window_size[1]))
+
+
+def window_attention_probabilities(q: Tensor, k: Tensor, bias: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """softmax(q kᵀ / sqrt(d) + bias) in every window: (B, windows, N, area, area).
+
+    Bias: (windows or 1, N, area, area).
+    """
+    heads = bias.shape[1]
+    queries = _tiles(q, heads, window_size) * (q.shape[1] // heads) ** -0.5
+    return (torch.einsum("bndiw,bndjw->bwnij", queries, _tiles(k, heads, window_size)) + bias).softmax(-1)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, rows: int, columns: int, shift_rows: int, shift_columns: int
+) -> Tensor:
+    """Attention within windows, which `unfold` cuts out; see the public operation. Bias: (N, area, area)."""
+    size, height, width = (rows, columns), q.shape[-2], q.shape[-1]
+    mask = shift_mask(height, width, size, (shift_rows, shift_columns)).to(bias)
+    attention = window_attention_probabilities(q, k, bias + mask, size).to(v.dtype)
+    out = torch.einsum("bwnij,bndjw->bndiw", attention, _tiles(v, len(bias), size))
+    return F.fold(out.flatten(1, 3), (height, width), size, stride=size)
 
 
 def shift_conv(

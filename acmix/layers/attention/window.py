@@ -14,6 +14,7 @@ from acmix.layers.attention.probabilities import AttentionProbabilities
 from acmix.layers.derived import DerivedBuffers
 from acmix.layers.fixed_size import with_fixed_size
 from acmix.layers.path import ParityCase
+from acmix.ops import reference, window_attention, window_attention_refusal
 
 
 class WindowAttention(DerivedBuffers, AttentionPath):
@@ -61,7 +62,7 @@ class WindowAttention(DerivedBuffers, AttentionPath):
     def derived_buffers(self) -> dict[str, Tensor]:
         buffers = {"relative_position_index": relative_position_index(self.window_size)}
         if self.mask_resolution is not None and any(self.shift):
-            buffers["shift_mask"] = self._make_mask(*self.mask_resolution)
+            buffers["shift_mask"] = reference.shift_mask(*self.mask_resolution, self.window_size, self.shift)
         return buffers
 
     def reset_parameters(self) -> None:
@@ -77,6 +78,8 @@ class WindowAttention(DerivedBuffers, AttentionPath):
         return x if fits else F.pad(x, (0, columns - width, 0, rows - height))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if window_attention_refusal(q) is None:
+            return window_attention(q, k, v, self._position_bias(), self.window_size, self.shift)
         height, width = q.shape[-2:]
         bias = self.bias(height, width)
         q, k, v = (self._to_windows(m, len(bias)) for m in (q, k, v))
@@ -90,10 +93,8 @@ class WindowAttention(DerivedBuffers, AttentionPath):
         return self._from_windows(out, height, width)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q kᵀ / sqrt(d) + bias) v in every window, with the windows cut out by `unfold`."""
-        attention = self._softmax(q, k).to(v.dtype)
-        out = torch.einsum("bwnij,bndjw->bndiw", attention, self._unfolded(v))
-        return F.fold(out.flatten(1, 3), (q.shape[-2], q.shape[-1]), self.window_size, stride=self.window_size)
+        """`acmix.ops.reference.window_attention`."""
+        return reference.window_attention(q, k, v, self._position_bias(), *self.window_size, *self.shift)
 
     def attention_probabilities(self, q: Tensor, k: Tensor) -> AttentionProbabilities:
         """The softmax of every pixel over its window, window by window; rows and columns are those of the shifted map.
@@ -102,7 +103,9 @@ class WindowAttention(DerivedBuffers, AttentionPath):
         """
         height, width = q.shape[-2:]
         area = self.window_size[0] * self.window_size[1]
-        weights = self._softmax(q, k).transpose(1, 2).flatten(2, 3)  # (B, N, windows * area, area)
+        bias = self.bias(height, width)
+        weights = reference.window_attention_probabilities(q, k, bias, self.window_size)
+        weights = weights.transpose(1, 2).flatten(2, 3)  # (B, N, windows * area, area)
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         rows = torch.arange(height, dtype=weights.dtype, device=q.device)[:, None].expand(height, width)
         columns = torch.arange(width, dtype=weights.dtype, device=q.device).expand(height, width)
@@ -132,11 +135,15 @@ class WindowAttention(DerivedBuffers, AttentionPath):
         Mask and index are kept; their sum with the table is taken once a call, about a hundredth of the attention, and
         is not kept: a table may change in ways that cannot be noticed, such as through `.data`.
         """
-        area = self.window_size[0] * self.window_size[1]
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        bias = bias.view(area, area, self.heads).permute(2, 0, 1)[None]
+        bias = self._position_bias()[None]
         mask = self._mask(height, width)
         return bias if mask is None else bias + mask.to(bias)
+
+    def _position_bias(self) -> Tensor:
+        """(N, area, area)."""
+        area = self.window_size[0] * self.window_size[1]
+        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        return bias.view(area, area, self.heads).permute(2, 0, 1)
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.window_size
@@ -156,34 +163,13 @@ class WindowAttention(DerivedBuffers, AttentionPath):
         x = windows.reshape(-1, height // rows, width // columns, self.heads, rows, columns, self.head_dim)
         return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, self.heads * self.head_dim).permute(0, 3, 1, 2)
 
-    def _softmax(self, q: Tensor, k: Tensor) -> Tensor:
-        """softmax(q kᵀ / sqrt(d) + bias): (B, windows, N, area, area)."""
-        logits = torch.einsum("bndiw,bndjw->bwnij", self._unfolded(q) * self.head_dim**-0.5, self._unfolded(k))
-        return (logits + self.bias(q.shape[-2], q.shape[-1])).softmax(-1)
-
-    def _unfolded(self, maps: Tensor) -> Tensor:
-        """(B, N * d, H, W) to (B, N, d, area, windows)."""
-        windows = F.unfold(maps, self.window_size, stride=self.window_size)
-        return windows.unflatten(1, (self.heads, self.head_dim, -1))
-
     def _mask(self, height: int, width: int) -> Tensor | None:
         """The shift mask of an H × W map, (windows, 1, area, area); None for plain windows."""
         if not any(self.shift):
             return None
         if self.shift_mask is not None and self.mask_resolution == (height, width):
             return self.shift_mask
-        return self._make_mask(height, width)
-
-    def _make_mask(self, height: int, width: int) -> Tensor:
-        """-100 between pixels of a window that the roll brought together from different regions, else 0."""
-        regions = torch.zeros(1, 1, height, width)
-        for dim, (size, window, shift) in enumerate(
-            zip((height, width), self.window_size, self.shift, strict=True), start=2
-        ):
-            index = torch.arange(size).view([-1 if d == dim else 1 for d in range(4)])
-            regions = regions * 3 + (index >= size - window).float() + (index >= size - shift).float()
-        cells = F.unfold(regions, self.window_size, stride=self.window_size)[0].t()  # (windows, area)
-        return torch.where(cells[:, None] == cells[:, :, None], 0.0, -100.0)[:, None]
+        return reference.shift_mask(height, width, self.window_size, self.shift)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, window_size={self.window_size}, shift={self.shift}"

@@ -105,5 +105,5 @@ def _prepare(q: Tensor, dim: int, window: Window) -> tuple[ctypes.CDLL, ctypes.A
 
 def _heads_together(tasks: int, heads: int, head_bytes: int) -> int:
     """Heads that share a cache line of a channels_last map, so that no two threads write to one; enough are left."""
-    together = max((n for n in range(1, heads + 1) if heads % n == 0 and n * head_bytes <= 64), default=1)
+    together = max((n for n in range(1, heads + 1) if heads % n == 0 and n * head_bytes <= 256), default=1)
     return together if tasks // together >= 2 * torch.get_num_threads() else 1

@@ -2,44 +2,20 @@
 
 #pragma once
 
-#include "maps.h"
-
-#include <type_traits>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
-namespace {
+#include "registers.h"
 
-#if defined(__AVX512F__)
-constexpr int REGISTERS = 32, REGISTER_BYTES = 64;
-#elif defined(__aarch64__)
-constexpr int REGISTERS = 32, REGISTER_BYTES = 16;
-#elif defined(__AVX__)
-constexpr int REGISTERS = 16, REGISTER_BYTES = 32;
-#else
-constexpr int REGISTERS = 16, REGISTER_BYTES = 16;
-#endif
+namespace {
 
 typedef T Pixel __attribute__((vector_size(CHANNELS * sizeof(T))));
 typedef T LoosePixel __attribute__((vector_size(CHANNELS * sizeof(T)), aligned(sizeof(T)), may_alias));
 
 inline Pixel load_pixel(const T *p) { return *reinterpret_cast<const LoosePixel *>(p); }
 inline void store_pixel(T *p, Pixel v) { *reinterpret_cast<LoosePixel *>(p) = v; }
-
-// Keeps a vector that several operations use in its register: GCC would load it anew for each of them.
-template <class V>
-inline __attribute__((always_inline)) void keep([[maybe_unused]] V &v) {
-    if constexpr (sizeof(V) <= REGISTER_BYTES) {
-#if defined(__AVX512F__)
-        asm("" : "+v"(v));
-#elif defined(__x86_64__)
-        asm("" : "+x"(v));
-#elif defined(__aarch64__)
-        asm("" : "+w"(v));
-#endif
-    }
-}
 
 // Vectors of the bits of N numbers. The size of a vector cannot depend on a template's argument.
 template <int N>

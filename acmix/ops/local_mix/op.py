@@ -13,7 +13,7 @@ from acmix.ops.implementations import Problem, Window, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.maps import autocast_dtype, without_autocast
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
-from acmix.ops.shift_conv.op import convolve_plain
+from acmix.ops.shift_conv.op import convolve_plain, empty_like_folded
 
 
 def local_mix(
@@ -181,8 +181,8 @@ def _(
     dilation: int,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in (position_weight, weight, alpha)]
-    return qkv.new_empty(qkv.shape), weights[0], weights[1], weights[2]
+    dposition, dalpha = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (position_weight, alpha))
+    return qkv.new_empty(qkv.shape), dposition, empty_like_folded(weight), dalpha
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -61,7 +61,8 @@ def backward_into(
     maps = [byref(native.Map.of(grad_out)), _maps(inputs), native.pointer(ordered), _maps(grads)]
     native.run(_library(grad_out.dtype).backward, [problem, *maps, native.pointer(shares)], tasks)
     dweight = shares[0] if len(shares) == 1 else shares.sum(0)
-    return dweight.t().reshape(weight.shape)
+    # (N, 3N, k, k, d) to (3N, k, k, d, N), which is where `fold` has its weight
+    return dweight.permute(1, 2, 3, 4, 0).flatten(3).contiguous().permute(3, 0, 1, 2)
 
 
 def _library(dtype: torch.dtype):  # type: ignore[no-untyped-def]
@@ -93,5 +94,5 @@ def _problem(q: Tensor, weight: Tensor, window: Window) -> tuple[Array[c_int64],
 def _ordered(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight (N*d, 3N, k, k), rows (d, N), in the order (N, 3N, k, k, d) and the dtype of the sums."""
     wide = torch.promote_types(dtype, torch.float32)
-    dim = 3 * weight.shape[0] // weight.shape[1]
-    return weight.to(wide).reshape(dim, -1).t().contiguous()
+    in_heads = weight.to(wide).unflatten(0, (-1, weight.shape[1] // 3))
+    return in_heads.permute(1, 2, 3, 4, 0).contiguous()

@@ -108,10 +108,12 @@ void pack_input(const Layout &l, const Map &map, const S *row, T *packed, T *lin
             for (int64_t x = 0; l.stride > 1 && x < width; x++) std::copy_n(line + x * padded, padded, to + place[x]);
         }
     });
-    done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [&](auto padded) {
-        for (int64_t x = 0; x < width; x++)
-            for (int64_t m = 0; m < heads; m++)
-                copy_pixel<padded>(row + x * column + m * step, packed + m * pitch + place[x]);
+    done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [=](auto padded) {
+        for (int64_t x = 0; x < width; x++) {
+            const S *from = row + x * column;
+            T *to = packed + place[x];
+            for (int64_t m = 0; m < heads; m++, from += step, to += pitch) copy_pixel<padded>(from, to);
+        }
     }));
     if (done) return;
     for (int64_t m = 0; m < l.heads; m++)
@@ -139,10 +141,12 @@ void unpack_input_grad(const Layout &l, const Map &map, const T *packed, S *row,
             planes_from_pixels<padded>(pixels, map.channel, l.valid, l.width, row + m * step);
         }
     });
-    done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [&](auto padded) {
-        for (int64_t x = 0; x < width; x++)
-            for (int64_t m = 0; m < heads; m++)
-                copy_pixel<padded>(packed + m * pitch + place[x], row + x * column + m * step);
+    done = done || (map.channel == 1 && l.valid == l.padded && choose<1, 2, 4, 8>(l.padded, [=](auto padded) {
+        for (int64_t x = 0; x < width; x++) {
+            const T *from = packed + place[x];
+            S *to = row + x * column;
+            for (int64_t m = 0; m < heads; m++, from += pitch, to += step) copy_pixel<padded>(from, to);
+        }
     }));
     if (done) return;
     for (int64_t m = 0; m < l.heads; m++)

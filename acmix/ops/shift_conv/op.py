@@ -83,9 +83,14 @@ def shift_conv(
 
 
 def fold(fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
-    """Both steps of `shift_conv` as one grouped convolution: its weight (N*d, 3N, k, k), rows (head_dim, head)."""
+    """Both steps of `shift_conv` as one grouped convolution: its weight (N*d, 3N, k, k), rows (head_dim, head).
+
+    It lies in memory as (3N, k, k, N*d): one product of two matrices makes it.
+    """
+    kernel = shift_weight.shape[-1]
     with without_autocast(fc_weight):
-        return torch.einsum("oiyx,im->omyx", shift_weight, fc_weight)
+        folded = fc_weight.t() @ shift_weight.permute(1, 2, 3, 0).flatten(1)
+    return folded.unflatten(1, (kernel, kernel, -1)).permute(3, 0, 1, 2)
 
 
 def grouped_conv(
@@ -121,6 +126,12 @@ def grouped_conv(
     if choice in ("reference", "unfolded"):
         return convolve_plain(q, k, v, weight, stride, dilation)
     return _convolve(q, k, v, weight, window, choice)
+
+
+def empty_like_folded(weight: Tensor) -> Tensor:
+    """An uninitialised weight that lies in memory as `fold` gives it."""
+    outputs, *others = weight.shape
+    return weight.new_empty(*others, outputs).permute(3, 0, 1, 2)
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, maps: int, window: Window) -> Problem:
@@ -293,7 +304,8 @@ def _(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (_empty_like(q, q.shape[2], q.shape[3], impl) for _ in range(3))
-    return dq, dk, dv, weight.new_empty(weight.shape)
+    dweight = empty_like_folded(weight) if ALIASES.get(impl, impl) == "cpp" else weight.new_empty(weight.shape)
+    return dq, dk, dv, dweight
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -4,34 +4,13 @@
 
 #include <utility>
 
-#include "maps.h"
+#include "registers.h"
 
 namespace {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int REGISTERS = 32;
-#else
-constexpr int REGISTERS = 16;
-#endif
-#if defined(__AVX__)
-constexpr bool AVX = true;
-#else
-constexpr bool AVX = false;
-#endif
 constexpr int MOST_OUTS = 4, MOST_STEPS = 8;  // of a register tile: outputs, and vectors of each
 constexpr int MOST_SUMS = REGISTERS == 32 ? 24 : 12;
 constexpr int steps_of(int outs) { return outs == 1 ? 4 : std::min(MOST_STEPS, MOST_SUMS / outs); }
-
-// Keeps a loaded vector in its register: compilers load it again for each of its uses, which then wait for the memory.
-inline void keep(Vec &value) {
-#if defined(__AVX512F__)
-    asm("" : "+v"(value));
-#elif defined(__x86_64__)
-    if constexpr (sizeof(Vec) <= 16 || (sizeof(Vec) == 32 && AVX)) asm("" : "+x"(value));
-#elif defined(__aarch64__)
-    if constexpr (sizeof(Vec) == 16) asm("" : "+w"(value));
-#endif
-}
 
 // Lines of memory that are fetched into the cache ahead of their use, a few at each step of a computation that hides the
 // wait: more at once would keep its own loads waiting.
