@@ -77,6 +77,7 @@ def _parser(description: str, out: Path) -> Arguments:
     add("--no-memory", action="store_true", help="do not measure peak memory")
     add("--authors", type=Path, metavar="PATH", help="clone of github.com/LeapLabTHU/ACmix, for authors:... subjects")
     add("--photos", type=Path, metavar="FOLDER", help="photographs in class folders, for the suite's rows on loaders")
+    add("--cifar", type=Path, metavar="FOLDER", help="CIFAR-10 as JPEG files, FOLDER/{train,test}/CLASS, for the same")
     add("--json", type=Path, metavar="FILE", help="write the results there too")
     add("--data", metavar="CONFIG", help="time the data of a run instead; see --data CONFIG --help")
     add("--suite", action="store_true", help="measure every target of the device; write RESULTS.md and JSON")
@@ -100,7 +101,7 @@ def _run_suite(options: argparse.Namespace, device: torch.device) -> int:
     targets = _chosen(options.only, device)
     prove_writable("--out", options.out, folder=True)
     results = Results(options.out, Place.of(device), TARGETS)
-    suite = Suite(device, options.authors, options.seconds, options.photos)
+    suite = Suite(device, options.authors, options.seconds, options.photos, options.cifar)
     print(results.place, flush=True)
 
     def keep(row: Row) -> None:

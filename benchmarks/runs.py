@@ -65,16 +65,21 @@ def quickstart_accuracy(suite: Suite, threads: int) -> Figure:
 
 def first_step(suite: Suite, threads: int, *, rounds: int = 5) -> Figure:
     """Seconds from the start of the process to the row of the first step, all that is compiled being in the cache."""
-    seconds = []
-    for _ in range(1 + rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.time()  # the clock of the rows
-            _launch(Path(folder, "run"), threads, "run.log_every=1", "schedule.steps=1")
-            (row,) = (row for row in read_rows(Path(folder, "run", METRICS)) if row["event"] == "train")
-            seconds.append(row["time"] - began)
+    seconds = [seconds_to_first_step(threads) for _ in range(1 + rounds)]
     return Figure(
         Samples(tuple(seconds[1:])), note="quickstart; the first of six starts, which warms the caches, left out"
     )
+
+
+def seconds_to_first_step(threads: int, *overrides: str, config: Path = QUICKSTART, cache: Path | None = None) -> float:
+    """From the start of train.py to the row of its first step; `cache`: the folder it keeps things in, if not the
+    usual one."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.time()  # the clock of the rows
+        steps = ("run.log_every=1", "schedule.steps=1")
+        _launch(Path(folder, "run"), threads, *steps, *overrides, config=config, cache=cache)
+        (row,) = (row for row in read_rows(Path(folder, "run", METRICS)) if row["event"] == "train")
+    return float(row["time"] - began)
 
 
 @cache
@@ -88,12 +93,13 @@ def _quickstart(threads: int) -> tuple[float, float]:
     return seconds, summary["last"]["top1"]
 
 
-def _launch(folder: Path, threads: int, *overrides: str) -> None:
-    """Run the quickstart as a user would, on so many cores of this machine. Raises BrokenError where it fails."""
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(QUICKSTART)]
-    command += [f"run.dir={folder}", "run.device=cpu"]
+def _launch(folder: Path, threads: int, *overrides: str, config: Path = QUICKSTART, cache: Path | None = None) -> None:
+    """Train as a user would, on so many cores of this machine. Raises BrokenError where it fails."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config)]
+    command += [f"run.dir={folder}", "run.device=cpu", *overrides]
+    environment = os.environ | ({} if cache is None else {"ACMIX_CACHE": str(cache)})
     with _cores(threads):
-        done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
         raise BrokenError(f"train.py ended with status {done.returncode}: {' '.join(last)}")

@@ -62,7 +62,8 @@ class Suite:
 
     Args:
         authors: a clone of the authors' code, or None: rows that compare with it are then not measured.
-        photos: a folder of photographs in class folders, or None: loaders are then not measured.
+        photos: a folder of photographs in class folders, or None: their loading is then not measured.
+        cifar: CIFAR-10 as JPEG files, train/CLASS/FILE and test/CLASS/FILE, or None: as above.
         seconds: time spent on each side of each comparison, about.
         bench: what the rows have proved and found out so far.
     """
@@ -71,6 +72,7 @@ class Suite:
     authors: Path | None
     seconds: float = 5.0
     photos: Path | None = None
+    cifar: Path | None = None
     bench: Bench = field(default_factory=Bench)
 
     def setting(self, threads: int = 1, mode: str = "train", **changes: Any) -> Setting:

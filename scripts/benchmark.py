@@ -3,7 +3,7 @@
     python scripts/benchmark.py acmix_resnet26 --against resnet26
     python scripts/benchmark.py block:64x56 --impl all --authors CLONE --against authors:block:64x56
     python scripts/benchmark.py --data CONFIG [KEY.PATH=VALUE ...] [--against timm]
-    python scripts/benchmark.py --suite --authors CLONE --photos FOLDER
+    python scripts/benchmark.py --suite --authors CLONE --photos FOLDER --cifar FOLDER
     python scripts/benchmark.py --suite --only 'resnet26*,trainer' --threads 2
 
 A subject is a timm model (ours or another), the model of a config (FILE.yaml), torchvision:NAME, authors:NAME

@@ -14,6 +14,7 @@ from acmix.data.datasets import Statistics
 _CPU = torch.device("cpu")
 _WHITE = 255.0
 _CACHED = 1 << 18  # values
+_ON_ONE_THREAD = (1 << 15) - 1  # values: the most that torch computes without a second thread
 
 
 class Erased(NamedTuple):
@@ -49,14 +50,21 @@ class Normaliser:
         return self._computed(pixels.permute(0, 3, 1, 2), (white, mean.view(-1, 1, 1), std.view(-1, 1, 1)))
 
     def _computed(self, pixels: Tensor, constants: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """The values, contiguous; on the CPU a few images at a time, which stay in the cache."""
+        """The values of (B, ..., rows, columns), contiguous; on the CPU in parts.
+
+        A part stays in the cache and is computed on one thread: several would spend their time waiting for each other,
+        because loader processes keep the cores busy.
+        """
         white, mean, std = constants
         if pixels.device != _CPU:
             values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
             return values.div_(white).sub_(mean).div_(std)
-        values, some = self._buffers.empty(pixels.shape), max(1, _CACHED // max(1, pixels[:1].numel()))
-        for part, read in zip(values.split(some), pixels.split(some), strict=True):
-            part.copy_(read).div_(white).sub_(mean).div_(std)
+        values, each = self._buffers.empty(pixels.shape), max(1, pixels[:1].numel())
+        most = _CACHED if torch.get_num_threads() == 1 else _ON_ONE_THREAD
+        images, rows = max(1, most // each), max(1, most * pixels.shape[-2] // each)
+        for some, read in zip(values.split(images), pixels.split(images), strict=True):
+            for part, source in zip(some.split(rows, dim=-2), read.split(rows, dim=-2), strict=True):
+                part.copy_(source).div_(white).sub_(mean).div_(std)
         return values
 
     def _repeated(self, device: torch.device, width: int) -> tuple[Tensor, Tensor, Tensor]:

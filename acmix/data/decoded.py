@@ -25,7 +25,8 @@ from acmix.data.datasets import Source
 from acmix.data.images import BadImage
 from acmix.data.sampler import BatchPlan
 from acmix.data.seeding import preserved_generators
-from acmix.data.workers import WorkerPool, hand_over
+from acmix.data.shared import hand_over
+from acmix.data.workers import WorkerPool
 from acmix.errors import UserError
 from acmix.paths import cache_folder
 
@@ -166,7 +167,7 @@ def _decode(source: Source, fixed: Fixed, shape: tuple[int, int, int], config: C
     blocks = [places[start : start + each] for start in range(0, count, each)]
     asked = config.data.num_workers
     workers = min(cores if asked == "auto" else asked, len(blocks) // _BLOCKS_EACH)
-    pool = WorkerPool(_Decoder(source, fixed, shape), config, workers)
+    pool = WorkerPool(_Decoder(source, fixed, shape), config, workers, each * math.prod(shape))
     plans = iter([BatchPlan(0, block, np.zeros_like(block)) for block in blocks])
     silent = not sys.stderr.isatty()
     with preserved_generators(), tqdm(total=count, desc="decoding", unit=" images", leave=False, disable=silent) as bar:

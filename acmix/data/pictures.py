@@ -57,8 +57,8 @@ class Picture:
             return Image.fromarray(self._pixels(1))
         return decode_image(self._data)
 
-    def crop(self, box: tuple[int, int, int, int], size: Sequence[int], interpolation: str) -> Image.Image:
-        """A part of the image, resized.
+    def crop(self, box: tuple[int, int, int, int], size: Sequence[int], interpolation: str) -> np.ndarray:
+        """A part of the image, resized: (height, width, 3) uint8.
 
         box: left, top, right, bottom in pixels of the full size
         size: height and width of the result
@@ -69,7 +69,7 @@ class Picture:
         height, width = size
         filter = str_to_pil_interp(interpolation)
         if not self._plain_jpeg:
-            return decode_image(self._data).crop(box).resize((width, height), filter)
+            return np.array(decode_image(self._data).crop(box).resize((width, height), filter))
         left, top, right, bottom = box
         scale = next(s for s in SCALES if s == 1 or (right - left >= s * width and bottom - top >= s * height))
         pixels = self._pixels(scale)
@@ -79,7 +79,7 @@ class Picture:
         x, y = left // scale, top // scale
         part = Image.fromarray(np.ascontiguousarray(pixels[y : -(-bottom // scale), x : -(-right // scale)]))
         exact = (left / scale - x, top / scale - y, right / scale - x, bottom / scale - y)
-        return part.resize((width, height), filter, box=exact)
+        return np.array(part.resize((width, height), filter, box=exact))
 
     def _pixels(self, scale: int) -> np.ndarray:
         """(H, W, 3) uint8 at 1/scale of the full size, rounded up."""
@@ -131,11 +131,11 @@ def _read_header(data: bytes, decoder: Decoder, verified: bool) -> tuple[tuple[i
     return header.size, header.format == "JPEG" and header.mode in ("RGB", "L")
 
 
-def _resized(part: np.ndarray, size: Sequence[int], interpolation: str) -> Image.Image:
-    """(h, w, 3) → an image of that height and width, antialiased as Pillow does up to rounding."""
-    planes = torch.from_numpy(part).permute(2, 0, 1)[None]  # (1, 3, h, w)
-    resized = interpolate(planes, tuple(size), mode=interpolation, antialias=True)[0].numpy()
-    return Image.merge("RGB", [Image.fromarray(np.ascontiguousarray(plane)) for plane in resized])
+def _resized(part: np.ndarray, size: Sequence[int], interpolation: str) -> np.ndarray:
+    """(h, w, 3) → (height, width, 3) of that size, antialiased as Pillow does up to rounding."""
+    # in this order torch sees that the channels come last, and spares two changes of layout
+    pixels = torch.from_numpy(part[None]).permute(0, 3, 1, 2)
+    return interpolate(pixels, tuple(size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def _by_simplejpeg(data: bytes, size: tuple[int, int], scale: int) -> np.ndarray | None:

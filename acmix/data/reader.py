@@ -15,8 +15,8 @@ from acmix.data.images import BadImage
 from acmix.data.pictures import Picture, choose_decoder, with_decoder
 from acmix.data.sampler import BatchPlan
 from acmix.data.seeding import preserved_generators, seed_generators, stream_seed
+from acmix.data.shared import in_worker, room_for, warn_of_little_shared_memory
 from acmix.data.transforms import Patch, PixelTransform
-from acmix.data.workers import blank_pixels, in_worker, warn_of_little_shared_memory
 from acmix.errors import UserError
 
 
@@ -71,12 +71,14 @@ class BatchReader(Dataset):
         )
         try:
             # shared here, because an error when the batch is sent would be lost in a background thread
-            read = read._replace(pixels=blank_pixels(count, *self._shape))
+            read = read._replace(pixels=room_for((count, *self._shape)))
             with nullcontext() if in_worker() else preserved_generators():
                 patches = self._fill(read, plan)
         except UserError as error:  # an exception that crosses processes would arrive wrapped in a traceback
             return read._replace(fatal=str(error))
-        if not read.valid.all() and read.valid.any():
+        if not read.valid.any():
+            np.asarray(read.pixels)[:] = 0
+        elif not read.valid.all():
             donor = int(read.valid.argmax())
             missing = np.flatnonzero(~read.valid)
             np.asarray(read.pixels)[missing] = np.asarray(read.pixels)[donor]

@@ -18,8 +18,9 @@ from acmix.data.decoded import LIMIT, Decoded, Unsuitable, decode_all
 from acmix.data.reader import Read, unreadable
 from acmix.data.sampler import BatchPlan
 from acmix.data.seeding import preserved_generators
+from acmix.data.shared import hand_over, in_worker
 from acmix.data.transforms import fixed_steps
-from acmix.data.workers import WorkerPool, hand_over, in_worker, worker_count
+from acmix.data.workers import WorkerPool, worker_count
 from acmix.errors import UserError
 
 Kind = Literal["workers", "resident"]

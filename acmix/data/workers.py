@@ -2,22 +2,20 @@
 
 import math
 import signal
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from acmix.config import Config
 from acmix.cores import cores_per_process
 from acmix.data.orphans import die_with_parent
 from acmix.data.sampler import BatchPlan
+from acmix.data.shared import OPEN_FILES, Slots, Slotted, forks
 from acmix.errors import UserError
 
 _JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -26,11 +24,6 @@ _MEMORY = (
     "data.num_workers, data.prefetch_factor or data.batch_size, or give the container more shared memory (docker "
     "--shm-size), and continue with --resume auto"
 )
-_OPEN_FILES = (
-    "too many open files: raise the limit (ulimit -n) or lower data.num_workers or data.prefetch_factor, and continue "
-    "with --resume auto"
-)
-
 
 _MOST_WITH_GPU, _MOST_ON_CPU = 16, 4
 
@@ -39,22 +32,30 @@ class PlanQueue:
     """The sampler of a loader: set `plans` before each pass."""
 
     def __init__(self) -> None:
-        self.plans: Iterator[BatchPlan] = iter(())
+        self.plans: Iterator[Any] = iter(())
 
-    def __iter__(self) -> Iterator[BatchPlan]:
+    def __iter__(self) -> Iterator[Any]:
         return self.plans
 
 
 class WorkerPool:
-    """A DataLoader that turns BatchPlans into what `dataset[plan]` returns, in order.
+    """A DataLoader that turns BatchPlans into what `dataset[plan]` returns, a named tuple with `pixels`, in order.
+
+    size: bytes of the pixels of the largest result; of a batch of the config where it is not given
 
     Its processes start at the first pass and end when the pool is dropped or the program exits. They ignore the
     signals meant for the job, so that it can stop gracefully, and die with their parent.
     """
 
-    def __init__(self, dataset: Dataset, config: Config, workers: int) -> None:
-        pin = config.data.pin_memory
+    def __init__(self, dataset: Dataset, config: Config, workers: int, size: int | None = None) -> None:
+        pin = on_gpu(config) if config.data.pin_memory is None else config.data.pin_memory
         self._queue = PlanQueue()
+        self._slots: Slots | None = None
+        if workers and not pin and forks():  # what is pinned is copied on arrival
+            # all that may be under way, one more, and those of the updates before and at hand
+            count = workers * config.data.prefetch_factor + 1 + 2 * config.optimizer.accumulate
+            self._slots = Slots(count, size or _batch_bytes(config))
+            dataset = Slotted(dataset, self._slots)
         with _many_workers_allowed():
             self._loader: DataLoader = DataLoader(
                 dataset,
@@ -64,20 +65,21 @@ class WorkerPool:
                 num_workers=workers,
                 persistent_workers=workers > 0,
                 prefetch_factor=config.data.prefetch_factor if workers else None,
-                pin_memory=on_gpu(config) if pin is None else pin,
+                pin_memory=pin,
                 worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # else each pass would draw from the global one
             )
-        self.close = weakref.finalize(self, _stop_workers, self._loader)
+        self.close = weakref.finalize(self, _stop_workers, self._loader, self._slots)
         """End the processes now. A pool that is closed is not used again."""
 
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[Any]:
         """Results of the plans, in order. Raises UserError when a worker dies."""
-        self._queue.plans = plans
+        slots = self._slots
+        self._queue.plans = plans if slots is None else slots.assigned(plans)
         with worker_deaths_explained():
             with _job_signals_blocked(), _many_workers_allowed():
                 results = iter(self._loader)
-            yield from results
+            yield from results if slots is None else map(slots.taken, results)
 
 
 @contextmanager
@@ -98,46 +100,10 @@ def explain_worker_death(error: BaseException) -> UserError | None:
     if not isinstance(error, RuntimeError) or "Caught" in text:
         return None
     if text.startswith("Too many open files"):
-        return UserError(f"{_OPEN_FILES} ({text.partition('.')[0]})")
+        return UserError(f"{OPEN_FILES} ({text.partition('.')[0]})")
     if "DataLoader worker" not in text:
         return None
     return UserError(f"a data loader worker died ({text}). {_MEMORY}")
-
-
-def blank_pixels(*shape: int) -> torch.Tensor | np.ndarray:
-    """Zeros (uint8) for what this process is to return: in a loader process in shared memory, which the main process
-    reads without a copy.
-
-    Where there is too little of that, an array, which goes through the pipe. Raises UserError.
-    """
-    if not in_worker():
-        return torch.zeros(shape, dtype=torch.uint8)
-    try:
-        shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function has it
-    except RuntimeError as error:
-        if "open files" in str(error):
-            raise UserError(f"{_OPEN_FILES} ({error})") from None
-        return np.zeros(shape, dtype=np.uint8)
-    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)  # type: ignore[call-overload]
-
-
-def hand_over(pixels: torch.Tensor) -> torch.Tensor | np.ndarray:
-    """The tensor (uint8) as this process is to return it, like `blank_pixels`. Raises UserError."""
-    if not in_worker():
-        return pixels
-    shared = blank_pixels(*pixels.shape)
-    return shared.copy_(pixels) if isinstance(shared, torch.Tensor) else pixels.numpy()
-
-
-@cache
-def warn_of_little_shared_memory() -> None:
-    """Said once, when the first batch comes through the pipe."""
-    print(
-        "warning: /dev/shm has too little room for the batches of the loader processes; they come through a pipe, more "
-        "slowly. Give the container more shared memory (docker --shm-size), or lower data.prefetch_factor",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def worker_count(config: Config) -> int:
@@ -154,9 +120,9 @@ def on_gpu(config: Config) -> bool:
     return torch.cuda.is_available() and config.run.device != "cpu"
 
 
-def in_worker() -> bool:
-    """Whether this is a loader process."""
-    return get_worker_info() is not None
+def _batch_bytes(config: Config) -> int:
+    images = max(config.data.batch_size, config.data.val_batch_size or 0)
+    return images * math.prod(config.data.size) * config.model.in_chans
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -188,7 +154,7 @@ def _job_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _stop_workers(loader: DataLoader) -> None:
+def _stop_workers(loader: DataLoader, slots: Slots | None) -> None:
     iterator: Any = getattr(loader, "_iterator", None)
     workers = list(getattr(iterator, "_workers", ()))
     if workers:
@@ -197,3 +163,5 @@ def _stop_workers(loader: DataLoader) -> None:
         if worker.is_alive():  # stuck in a read; it ignores SIGTERM, for which Python would wait at exit
             worker.kill()
     loader._iterator = None
+    if slots is not None:
+        slots.close()

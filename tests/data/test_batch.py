@@ -10,6 +10,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
 from acmix.config import Config
+from acmix.data.batch import Normaliser
 from acmix.data.datasets import Statistics
 from acmix.data.loader import build_data
 from acmix.data.seeding import preserved_generators, seed_generators
@@ -43,6 +44,21 @@ def test_pixels_become_what_torchvision_and_timm_make_of_the_image(channels: int
             expected = reference(image)
             seed_generators(seed)
             assert torch.equal(mine(image), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 190, 211, 3), (30, 40, 50, 3), (2, 400, 300, 1), (0, 8, 8, 3)], ids=str)
+def test_images_of_any_size_are_normalised_as_torchvision_does(threads: int, shape: tuple[int, ...]) -> None:
+    statistics = Statistics((0.4914, 0.4822, 0.4465)[: shape[3]], (0.247, 0.2435, 0.2616)[: shape[3]])
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    expected = transforms.functional.normalize(pixels.permute(0, 3, 1, 2) / 255, statistics.mean, statistics.std)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for channels_last in (False, True):
+            assert torch.equal(Normaliser(statistics)(pixels, channels_last=channels_last), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("loader", ["workers", "resident"])

@@ -33,7 +33,7 @@ def updates(config: Config, epoch: int = 0, start: int = 0, rank: int = 0, world
 def worker_source(data: Data) -> Any:
     """What the loader processes read from."""
     images: Any = data.train.images
-    return images.pool._loader.dataset._source
+    return images._reader._source
 
 
 def assert_same(first: list[list[Batch]], second: list[list[Batch]]) -> None:

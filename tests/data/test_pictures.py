@@ -90,6 +90,22 @@ def test_the_crop_and_the_flip_are_the_same_whatever_the_decoder(crop: str, make
     assert torch.equal(results[1], results[2])
 
 
+@pytest.mark.parametrize("changes", [{"augment__color_jitter": 0.4}, {"model__kwargs": {"in_chans": 1}}], ids=str)
+def test_colours_are_changed_alike_whatever_the_decoder(changes: dict[str, Any], make_config: MakeConfig) -> None:
+    config = make_config(augment__crop="random_resized", data__image_size=200, **changes)
+    transform = build_train_transform(
+        config, Statistics((0.5,) * config.model.in_chans, (0.25,) * config.model.in_chans)
+    )
+    results = []
+    for image in (decode_image(photograph()), Picture(photograph(), "simplejpeg")):
+        random.seed(5)
+        torch.manual_seed(5)
+        results.append(transform(image))
+    assert results[0].shape == results[1].shape
+    # brightness, contrast and saturation each enlarge a difference of 2 levels by at most 1.4
+    assert (results[0] - results[1]).abs().max() <= (1 + 2 * 1.4**3) / 255 / 0.25
+
+
 def test_validation_sees_the_same_pixels_whatever_the_decoder(make_config: MakeConfig) -> None:
     data = photograph()
     transform = build_val_transform(make_config(data__image_size=100), STATISTICS)
