@@ -15,7 +15,9 @@ def keep_stores_inside() -> None:
     from torch._inductor.codegen.cpp import CppKernelProxy, CppTile2DKernel, CppVecKernel
 
     proxies: Any = CppKernelProxy
-    aggregate = proxies.aggregate_reduction_buffers
+    aggregate = getattr(proxies, "aggregate_reduction_buffers", None)
+    if aggregate is None:  # a version of PyTorch that writes this code otherwise
+        return
 
     def with_the_rest(proxy: Any, apart: bool, loop: Any) -> None:
         """`apart`: whether the rest of `loop` has stores of its own."""
