@@ -12,16 +12,11 @@ from acmix.config.yaml import read_yaml
 from acmix.engine.run_folder import CONFIG, METRICS
 from acmix.errors import UserError
 from acmix.paths import missing_path_hint
+from acmix.studies.found import WITHOUT_EFFECT
 from acmix.telemetry.record import Row, as_number, read_rows
 
 OF_A_SEED = ("run.seed", "run.dir")
 """Keys in which the seeds of one arm differ."""
-
-_OF_WATCHING = (
-    "run.probes", "run.log_every", "run.loggers", "run.keep", "run.checkpoint_every", "run.threads", "paths.every",
-    "paths.images",
-)  # fmt: skip
-"""Keys that say how a run is watched, kept and computed, not what is trained; seeds of one arm may differ in them."""
 
 _STOPPED = {"requeue": "stopped by a signal", "failed": "failed"}
 
@@ -194,7 +189,7 @@ def _identity(run: Run) -> str:
     """Equal for runs of one arm; a run without a config is an arm of its own."""
     if not run.config:
         return str(run.folder.resolve())
-    return repr(sorted((k, shown(v)) for k, v in run.config.items() if k not in (*OF_A_SEED, *_OF_WATCHING)))
+    return repr(sorted((k, shown(v)) for k, v in run.config.items() if k not in (*OF_A_SEED, *WITHOUT_EFFECT)))
 
 
 def _name(run: Run) -> str:

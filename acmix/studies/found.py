@@ -15,9 +15,10 @@ State = Literal["new", "begun", "done"]
 WITHOUT_EFFECT = frozenset(
     {
         "data.cache_dir", "data.cache_size", "data.download", "data.num_workers", "data.pin_memory",
-        "data.prefetch_factor", "data.val_batch_size", "precision.compile_cache", "precision.grad_checkpointing",
-        "run.background_save", "run.checkpoint_every", "run.device", "run.dir", "run.keep", "run.log_every", "run.name",
-        "run.on_save_error", "run.probes", "run.threads", "run.timeout",
+        "data.prefetch_factor", "data.val_batch_size", "paths.every", "paths.images", "precision.compile_cache",
+        "precision.grad_checkpointing", "run.background_save", "run.checkpoint_every", "run.device", "run.dir",
+        "run.keep", "run.log_every", "run.loggers", "run.name", "run.on_save_error", "run.probes", "run.threads",
+        "run.timeout",
     }
 )  # fmt: skip
 """Keys that say where, how fast and how talkative a run is, not what it trains: runs that differ in them alone are one.

@@ -45,9 +45,9 @@ def check_overrides(study: Study, overrides: Sequence[str]) -> None:
 
 
 def arm_config(study: Study, arm: str, overrides: Sequence[str]) -> Config:
-    """The config of an arm with further overrides. Raises UserError that names the arm."""
+    """An arm's config in the run of the first seed, with further overrides. Raises UserError that names the arm."""
     try:
-        return load_config(study.base, [*overrides, *study.arms[arm]])
+        return load_config(study.base, [*overrides, *study.settings(arm, study.seeds[0])])
     except UserError as error:
         raise UserError(f"arm {arm}: {error}") from None
 
@@ -57,7 +57,7 @@ def plan_run(
 ) -> Run:
     """The run of an arm with a seed in `folder`; `added` are keys that follow from what all arms get the same of."""
     own = {**added, "run.dir": escape_path(str(folder)), "run.seed": seed}
-    given = [text for text in (*overrides, *study.arms[arm]) if text.partition("=")[0] not in own]
+    given = [text for text in (*overrides, *study.settings(arm, seed)) if text.partition("=")[0] not in own]
     every = [*given, *(as_override(key, value) for key, value in own.items())]
     arguments = ("--config", str(study.base), "--resume", "auto", *every)
     return Run(arm, seed, folder, arguments, load_config(study.base, every))

@@ -42,6 +42,10 @@ class Study:
     reference: str
     equal: Equal
 
+    def settings(self, arm: str, seed: int) -> tuple[str, ...]:
+        """What an arm sets in the run of a seed, which `{seed}` in its values stands for."""
+        return tuple(text.replace("{seed}", str(seed)) for text in self.arms[arm])
+
 
 class _File(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -53,7 +57,10 @@ class _File(BaseModel):
     """Config that all arms share; a path from the folder of the study file."""
 
     arms: dict[str, JsonValue]
-    """Name of each arm → the keys it sets, like {model.kwargs.mix: attention}; {} for the base as it is."""
+    """Name of each arm → the keys it sets, like {model.kwargs.mix: attention}; {} for the base as it is.
+
+    `{seed}` in a value is the seed of the run: model.checkpoint: "weights/{seed}.safetensors".
+    """
 
     seeds: JsonValue
     """How many seeds (0, 1, …), or a list of them."""

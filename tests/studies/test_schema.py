@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from acmix.errors import UserError
+from acmix.studies.plan import plan_run
 from acmix.studies.schema import load_study
 
 
@@ -13,6 +14,14 @@ def test_a_study_says_base_arms_seeds_and_reference(study_file: Path) -> None:
     assert (study.name, study.reference, study.equal) == ("mixes", "learned", "epochs")
     assert study.arms == {"learned": (), "sum": ("model.kwargs.mix=sum",)}
     assert study.seeds == (0, 1, 2)
+
+
+def test_a_value_may_hold_the_seed(study_file: Path) -> None:
+    settings = '{model.checkpoint: "weights/{seed}.safetensors", model.kwargs.mix: {alpha: 0.5}}'
+    study_file.write_text(study_file.read_text().replace("{model.kwargs.mix: sum}", settings))
+    study = load_study(study_file)
+    assert study.settings("sum", 2) == ("model.checkpoint=weights/2.safetensors", 'model.kwargs.mix={"alpha": 0.5}')
+    assert plan_run(study, "sum", 2, Path("out"), [], {}).config.model.checkpoint == "weights/2.safetensors"
 
 
 def test_seeds_are_a_number_or_a_list(study_file: Path) -> None:
