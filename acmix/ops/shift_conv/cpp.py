@@ -61,7 +61,7 @@ def backward_into(
     maps = [byref(native.Map.of(grad_out)), _maps(inputs), native.pointer(ordered), _maps(grads)]
     native.run(_library(grad_out.dtype).backward, [problem, *maps, native.pointer(shares)], tasks)
     dweight = shares[0] if len(shares) == 1 else shares.sum(0)
-    return dweight.t().reshape(weight.shape)
+    return dweight.t().reshape(weight.shape).contiguous()  # for one head, reshape gives a view
 
 
 def _library(dtype: torch.dtype):  # type: ignore[no-untyped-def]
