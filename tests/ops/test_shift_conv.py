@@ -236,3 +236,12 @@ def test_maps_of_different_counts_are_refused_where_they_do_not_fit() -> None:
         shift_conv(q, q, v, torch.zeros(9, 5), torch.zeros(8, 9, 3, 3))
     with pytest.raises(ValueError, match="as many heads each only"):
         shift_conv(q, q, v, torch.zeros(9, 6), torch.zeros(8, 9, 3, 3), impl="dense")
+
+
+@pytest.mark.parametrize("impl", ["cpp", "folded"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_graph_knows_the_strides_of_the_gradients(impl: str, heads: int) -> None:
+    grad, q, k, v = torch.randn(4, 2, 8, 5, 5).unbind()
+    weight = torch.randn(3 * heads, 3, 3, 8).permute(3, 0, 1, 2)
+    arguments = (grad, q, k, v, weight, 1, 1, impl)
+    torch.library.opcheck(torch.ops.acmix.grouped_conv_backward.default, arguments, test_utils="test_faketensor")

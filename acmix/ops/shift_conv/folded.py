@@ -83,7 +83,7 @@ def backward(
     merge = merged_groups(heads, head_dim)
     merged = merge_weight(weight, heads, merge)
     grads = tuple(q.new_empty(q.shape) for _ in range(3))
-    dweight = torch.zeros_like(merged, dtype=torch.promote_types(weight.dtype, torch.float32))
+    dweight = merged.new_zeros(merged.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     for part in _chunks(q):
         maps = _reorder([q[part], k[part], v[part]], head_dim)
         dmaps, share, _ = torch.ops.aten.convolution_backward(
