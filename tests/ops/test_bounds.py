@@ -13,6 +13,7 @@ from acmix.ops import native
 from acmix.ops.implementations import Window
 from acmix.ops.local_attention import cpp as attention
 from acmix.ops.shift_conv import cpp as convolution
+from acmix.ops.window_attention import cpp as window_attention
 
 pytestmark = [
     pytest.mark.skipif(native.cxx_compiler() is None, reason="needs a C++ compiler"),
@@ -30,6 +31,13 @@ SIZES = [  # heads, head_dim, height, width, kernel_size, stride, dilation
     (2, 16, 8, 8, 3, 1, 1),
     (4, 16, 4, 4, 3, 1, 1),
     (8, 16, 2, 2, 3, 1, 1),
+]
+
+
+WINDOWS = [  # heads, head_dim, height, width, rows and columns of a window, rows and columns of the shift
+    (3, 5, 6, 9, 3, 3, 1, 0),
+    (2, 32, 14, 14, 7, 7, 3, 3),
+    (1, 20, 4, 4, 4, 4, 0, 0),
 ]
 
 
@@ -76,3 +84,17 @@ def test_nothing_outside_the_maps_is_touched(dtype, channels_last, at_end):
         attention.attend(*inputs, position, window, out, lse, accumulate=True)
         attention.attend_backward(grad_out, *inputs, position, window, lse, *grads, accumulate=True)
         assert all(m.isfinite().all() for m in (out, *grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+def test_window_attention_touches_nothing_outside_its_maps(dtype, channels_last, at_end):
+    maps = Fenced(dtype, channels_last=channels_last, at_end=at_end)
+    for heads, head_dim, height, width, *windows in WINDOWS:
+        shape, area = (2, heads * head_dim, height, width), windows[0] * windows[1]
+        q, k, v, grad_out, *grads = [maps.drawn(*shape) for _ in range(7)]
+        bias = maps.drawn(1, heads, area, area)[0].float()
+        window_attention.forward(q, k, v, bias, windows)
+        window_attention.backward_into(grads, grad_out, [q, k, v], bias, windows, accumulate=True)
+        assert all(m.isfinite().all() for m in grads)
