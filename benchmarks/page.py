@@ -11,11 +11,11 @@ from benchmarks.suite import Target
 _PREFACE = """\
 # Benchmarks
 
-Made by `python scripts/benchmark.py --suite --authors CLONE --photos FOLDER`, which writes this page and the JSON
-beside it, a file for each processor and each GPU; do not edit. Every ratio is the median over the rounds of one
-process in which both sides ran in turn, ± the distance between the quartiles; n counts the rounds. What is timed has
-first passed a parity check against the reference in float64. A training step is forward, loss and backward. On a CPU
-all is float32; networks run at 224², batch 4 in training and 8 in inference; parts of them at batch 4, forward and
+Made by `python scripts/benchmark.py --suite --authors CLONE --photos FOLDER --cifar FOLDER`, which writes this page and
+the JSON beside it, a file for each processor and each GPU; do not edit. Every ratio is the median over the rounds of
+one process in which both sides ran in turn, ± the distance between the quartiles; n counts the rounds. What is timed
+has first passed a parity check against the reference in float64. A training step is forward, loss and backward. On a
+CPU all is float32; networks run at 224², batch 4 in training and 8 in inference; parts of them at batch 4, forward and
 backward. Images and maps are NCHW unless the row says channels_last. A multiply-add counts as two operations; the roof
 is what a large matrix product and a copy reach on as many threads. Peak memory is that of live tensors; weights and
 inputs are not counted.
