@@ -32,7 +32,7 @@ def network(name: str, **kwargs) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **kwargs)
     with torch.no_grad():
-        for parameter in (*model.parameters(), *model.buffers()):
+        for parameter in model.state_dict().values():
             if parameter.is_floating_point():
                 parameter += 0.1 * torch.rand_like(parameter)
     return model.eval()
