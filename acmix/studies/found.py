@@ -15,7 +15,7 @@ State = Literal["new", "begun", "done"]
 WITHOUT_EFFECT = frozenset(
     {
         "data.cache_dir", "data.cache_size", "data.download", "data.num_workers", "data.pin_memory",
-        "data.prefetch_factor", "data.val_batch_size", "paths.every", "paths.images", "precision.compile_cache",
+        "data.prefetch_factor", "data.val_batch_size", "paths.every", "precision.compile_cache",
         "precision.grad_checkpointing", "run.background_save", "run.checkpoint_every", "run.device", "run.dir",
         "run.keep", "run.log_every", "run.loggers", "run.name", "run.on_save_error", "run.probes", "run.threads",
         "run.timeout",
