@@ -83,7 +83,7 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL:
         OSError: if the folder cannot be written or the library cannot be loaded.
     """
     defines = [f"-DS={_STORED[dtype]}", f"-DT={_SCALARS[torch.promote_types(dtype, torch.float32)][0]}"]
-    defines += [f"-D{name}={value}" for name, value in macros.items()]
+    defines += [f"-D{name}={value}" for name, value in sorted(macros.items())]
     return _load(source, (*_FLAGS, *_openmp_flags(), *defines))
 
 

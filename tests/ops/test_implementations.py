@@ -11,7 +11,7 @@ import torch
 from acmix.layers import ACmix
 from acmix.ops import implementations, local_attention, native, shift_conv
 from acmix.ops.implementations import Implementation, Operation, Problem, Window
-from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
+from acmix.ops.local_attention.implementations import LOCAL_ATTENTION, cpp_macros
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -222,3 +222,14 @@ def test_a_damaged_library_is_compiled_again(damage: str, monkeypatch: pytest.Mo
     assert native.library("shift_conv/convolution.cpp", torch.float32, K=3, N=1, LANES=16).forward
     assert file.read_bytes() == whole
     native.library.cache_clear()
+
+
+@needs_compiler
+def test_the_order_of_macros_makes_no_second_library() -> None:
+    macros = cpp_macros(torch.float32, 8, Window(7, 1, 1), 32)
+    turned = dict(reversed(macros.items()))
+    assert list(turned) != list(macros)
+    source = "local_attention/attention.cpp"
+    assert (
+        native.library(source, torch.float32, **turned)._name == native.library(source, torch.float32, **macros)._name
+    )
