@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import matplotlib
-
-from acmix.checkpoint.atomic import prove_writable, replacing, write_atomically
+from acmix.checkpoint.atomic import prove_writable, write_atomically
 from acmix.config import Config
 from acmix.cores import usable_cores
 from acmix.engine.lock import RunLock
@@ -43,7 +41,7 @@ from acmix.studies.runner import Failure, Runner
 from acmix.studies.schema import Study, load_study
 from acmix.studies.size import Size, size_of
 from acmix.studies.table import markdown
-from acmix.telemetry.plot import STYLE
+from acmix.telemetry.figure_file import save_figure
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TRAIN = CHECKOUT / "train.py"
@@ -234,9 +232,8 @@ class Desk:
         write_atomically(self.out / "results.json", json.dumps(results, indent=2) + "\n")
         write_atomically(self.out / "results.md", table)
         figure = draw(results)
-        for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
-            with replacing(self.out / f"results{suffix}") as temporary, matplotlib.rc_context(STYLE):
-                figure.savefig(temporary, dpi=160, metadata=metadata)
+        for suffix in (".png", ".svg"):
+            save_figure(figure, self.out / f"results{suffix}")
         print(table, end="")
         for arm, seeds in missing(study, results).items():
             print(f"Not finished: {arm}, seeds {', '.join(map(str, seeds))}")

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from acmix.analysis.cka import cka_matrix, layer_names, layer_outputs
 from acmix.analysis.receptive_field import field_areas, receptive_field
-from acmix.checkpoint.atomic import prove_writable, replacing, write_atomically
+from acmix.checkpoint.atomic import prove_writable, write_atomically
 from acmix.checkpoint.weights import pick_weights
 from acmix.config import load_config
 from acmix.data.loader import build_val, resolve_num_classes
@@ -32,7 +31,7 @@ from acmix.errors import UserError
 from acmix.export.load import build_network
 from acmix.process.distributed import Distributed
 from acmix.process.program import Arguments, run_program, whole_number
-from acmix.telemetry.plot import STYLE
+from acmix.telemetry.figure_file import check_figure_file, save_figure
 
 
 class Opened(NamedTuple):
@@ -62,11 +61,10 @@ def analyse(arguments: Sequence[str] | None) -> int:
     options = parser.parse_args(arguments)
     if len(options.runs) > 2:
         raise UserError("analyse.py compares two runs at most")
-    if options.out is not None and options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out {options.out}: the name must end in .png, .svg or .pdf")
-    for name, file in (("--out", options.out), ("--json", options.json)):
-        if file is not None:
-            prove_writable(name, file)
+    if options.out is not None:
+        check_figure_file("--out", options.out)
+    if options.json is not None:
+        prove_writable("--json", options.json)
     runs = [open_run(run, options.images) for run in options.runs]
     result, figure = compare_layers(runs) if options.cka else measure_fields(runs)
     line = json.dumps(result)
@@ -74,8 +72,7 @@ def analyse(arguments: Sequence[str] | None) -> int:
     if options.json is not None:
         write_atomically(options.json, line + "\n", make_parents=True)
     if options.out is not None:
-        with replacing(options.out, make_parents=True) as temporary, matplotlib.rc_context(STYLE):
-            figure.savefig(temporary, dpi=160)
+        save_figure(figure, options.out)
     return 0
 
 

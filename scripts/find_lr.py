@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acmix.checkpoint.atomic import prove_writable, replacing, write_atomically
+from acmix.checkpoint.atomic import prove_writable, write_atomically
 from acmix.errors import UserError
 from acmix.process.program import Arguments, run_program, whole_number
+from acmix.telemetry.figure_file import check_figure_file, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def find(options: argparse.Namespace) -> int:
     result, scale = _test(config, options)
     answer = _answer(result, scale)
     if options.out is not None:
-        _save(draw(result, scale, config.model.name), options.out)
+        save_figure(draw(result, scale, config.model.name), options.out)
     if options.json is not None:
         curve = {"lr": (result.rates * scale).tolist(), "loss": result.losses.tolist()}
         whole = answer | curve | {"smoothed": result.smoothed.tolist()}
@@ -77,9 +78,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.steps < 10:
         raise UserError(f"--steps: {options.steps} are too few to see a curve; give at least 10")
     if options.out is not None:
-        if options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise UserError(f"--out {options.out}: the name must end in .png, .svg or .pdf")
-        prove_writable("--out", options.out)
+        check_figure_file("--out", options.out)
     if options.json is not None:
         prove_writable("--json", options.json)
 
@@ -171,12 +170,6 @@ def draw(result: "RangeTest", scale: float, title: str) -> "Figure":
         axis.set_ylim(low - 0.1 * (high - low or 1), high + 0.1 * (high - low or 1))
         axis.legend()
     return figure
-
-
-def _save(figure: "Figure", out: Path) -> None:
-    """Write the picture whole or not at all; raises UserError when it cannot be written."""
-    with replacing(out, make_parents=True) as temporary:
-        figure.savefig(temporary, dpi=160, metadata={"Date": None} if out.suffix.lower() == ".svg" else None)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from acmix.checkpoint.atomic import prove_writable, replacing
-from acmix.errors import UserError
 from acmix.process.program import Arguments, run_program
+from acmix.telemetry.figure_file import check_figure_file, save_figure
 from acmix.telemetry.history import common_end, read_runs
-from acmix.telemetry.plot import STYLE, describe, draw, layout
+from acmix.telemetry.plot import describe, draw, layout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,26 +32,12 @@ def plot(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--probe", default="paths", metavar="NAME", help="whose rows to draw (paths)")
     parser.add_argument("--title", help="headline; by default the model and the number of runs")
     options = parser.parse_args(arguments)
-    check_output(options.out)
+    check_figure_file("--out", options.out)
     runs = read_runs(options.runs, options.probe)
-    save(draw(runs, options.title), options.out)
+    save_figure(draw(runs, options.title), options.out)
     shown = f"{describe(runs)}, {len(runs[0].layers)} {layout(runs[0]).unit}s, up to step {common_end(runs):.0f}"
     print(f"Wrote {options.out}: {shown}")
     return 0
-
-
-def check_output(out: Path) -> None:
-    """Refuse, before any work, a picture that could not be written; raises UserError."""
-    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out {out}: the name must end in .png, .svg or .pdf")
-    prove_writable("--out", out)
-
-
-def save(figure: Figure, out: Path) -> None:
-    """Write the picture whole or not at all; raises UserError when it cannot be written."""
-    metadata = {"Date": None} if out.suffix.lower() == ".svg" else None
-    with replacing(out, make_parents=True) as temporary, matplotlib.rc_context(STYLE):
-        figure.savefig(temporary, dpi=160, metadata=metadata)
 
 
 if __name__ == "__main__":

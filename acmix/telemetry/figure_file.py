@@ -1,0 +1,30 @@
+"""A figure that a person asked for as a file: the names it may have, and writing it whole or not at all."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from acmix.checkpoint.atomic import prove_writable, replacing
+from acmix.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_figure_file(option: str, file: Path) -> None:
+    """Refuse, before any work, a picture that could not be written; raises UserError that names the option."""
+    if file.suffix.lower() not in _SUFFIXES:
+        raise UserError(f"{option} {file}: the name must end in .png, .svg or .pdf")
+    prove_writable(option, file)
+
+
+def save_figure(figure: "Figure", file: Path) -> None:
+    """Write a figure in the project's style, by the suffix of the file; raises UserError when it cannot be written."""
+    import matplotlib
+
+    from acmix.telemetry.plot import STYLE
+
+    metadata = {"Date": None} if file.suffix.lower() == ".svg" else None  # the same picture is the same file
+    with replacing(file, make_parents=True) as temporary, matplotlib.rc_context(STYLE):
+        figure.savefig(temporary, dpi=160, metadata=metadata)
