@@ -206,13 +206,15 @@ def changed_keys(saved: Mapping[str, Any] | None, config: Config) -> Changes:
     return changes
 
 
-def values_before_keys() -> dict[str, Any]:
-    """Key path → what runs did that are older than the key, for the keys that are not required."""
+def values_before_keys() -> dict[str, dict[str, Any]]:
+    """Section → key → what runs did that are older than the key, for the keys that are not required."""
     return {
-        f"{section}.{key}": _before(f"{section}.{key}", field)
+        section: {
+            key: _before(f"{section}.{key}", field)
+            for key, field in info.annotation.model_fields.items()  # type: ignore[union-attr]
+            if not field.is_required()
+        }
         for section, info in Config.model_fields.items()
-        for key, field in info.annotation.model_fields.items()  # type: ignore[union-attr]
-        if not field.is_required()
     }
 
 

@@ -13,7 +13,7 @@ from acmix.engine.run_folder import CONFIG, METRICS
 from acmix.errors import UserError
 from acmix.paths import missing_path_hint
 from acmix.studies.found import WITHOUT_EFFECT
-from acmix.telemetry.record import Row, as_number, read_rows
+from acmix.telemetry.record import Row, as_number, key_paths, read_rows
 
 OF_A_SEED = ("run.seed", "run.dir")
 """Keys in which the seeds of one arm differ."""
@@ -171,18 +171,11 @@ def _read_config(folder: Path, rows: Sequence[Row]) -> Mapping[str, Any]:
         values = next((row["config"] for row in rows if isinstance(row.get("config"), dict)), {})
     if not values:
         return {}
-    known = dict(_flat(values))
-    mappings = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count("."))}
-    return {key: value for key, value in values_before_keys().items() if key not in mappings} | known
-
-
-def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    """Key paths and values; an empty mapping is a value."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        path = f"{above}{key}"
-        pairs += _flat(value, f"{path}.") if isinstance(value, dict) and value else [(path, value)]
-    return pairs
+    for section, before in values_before_keys().items():
+        known = values.get(section, {})
+        if isinstance(known, dict):
+            values = values | {section: known | {key: value for key, value in before.items() if key not in known}}
+    return dict(key_paths(values))
 
 
 def _identity(run: Run) -> str:

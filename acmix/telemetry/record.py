@@ -130,6 +130,15 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def key_paths(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by their key paths (`model.kwargs.mix`); an empty mapping is a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from key_paths(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
 def as_number(value: Any) -> float | None:
     """Read a number back, also one that `plain` made a string; None for any other value."""
     if isinstance(value, str):

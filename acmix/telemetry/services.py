@@ -8,13 +8,13 @@ logged again.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from acmix.checkpoint.atomic import write_atomically
 from acmix.errors import UserError, one_line
-from acmix.telemetry.record import Row
+from acmix.telemetry.record import Row, key_paths
 from acmix.telemetry.scalars import scalars
 
 _PROJECT = "acmix"
@@ -145,7 +145,7 @@ class Mlflow:
         """Log the config of a new run: MLflow does not let a parameter change."""
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:_LONGEST_PARAM]) for key, value in _flat(config)] if self._new else []
+        params = [Param(key, str(value)[:_LONGEST_PARAM]) for key, value in key_paths(config)] if self._new else []
         for start in range(0, len(params), _MOST_PARAMS):
             self._client.log_batch(self.id, params=params[start : start + _MOST_PARAMS])
 
@@ -172,11 +172,3 @@ def _read_ids(file: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {str(name): str(run) for name, run in ids.items()} if isinstance(ids, dict) else {}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
