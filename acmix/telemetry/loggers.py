@@ -8,7 +8,7 @@ from typing import Protocol
 from acmix.errors import UserError
 from acmix.telemetry.record import Record, Row
 
-_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
+_PACKAGES = ("wandb", "mlflow")  # named as the loggers
 _PLACES = {"tensorboard": "tensorboard/", "csv": "train.csv, eval.csv", "wandb": "Weights & Biases", "mlflow": "MLflow"}
 
 
@@ -23,9 +23,8 @@ class Logger(Protocol):
 def need_packages(names: Sequence[str]) -> None:
     """Raise UserError for a logger whose package is not installed."""
     for name in names:
-        if name in _PACKAGES and find_spec(_PACKAGES[name]) is None:
-            package = _PACKAGES[name]
-            raise UserError(f"run.loggers: {package} is not installed; pip install {package}, or leave {name} out")
+        if name in _PACKAGES and find_spec(name) is None:
+            raise UserError(f"run.loggers: {name} is not installed; pip install {name}, or leave {name} out")
 
 
 def places(names: Sequence[str]) -> list[str]:

@@ -61,9 +61,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, rows: int, columns: int, shift_rows: int, shift_columns: int
-) -> Tensor:
+def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q, memory_format=torch.channels_last)
 
 
@@ -88,15 +86,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    rows: int,
-    columns: int,
-    shift_rows: int,
-    shift_columns: int,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(m, memory_format=torch.channels_last) for m in (q, k, v))
     return dq, dk, dv, torch.empty_like(bias, memory_format=torch.contiguous_format)
