@@ -58,4 +58,5 @@ def _draw_difference(axis: Axes, row: int, arm: Mapping[str, Any], reference: st
         else:
             why = f"no interval: n < {LEAST}" if arm["pairs"] < LEAST else "no interval: all equal"
             place = axis.get_yaxis_transform()
-            axis.text(1.0, row, why, transform=place, ha="right", va="bottom", fontsize=8, color=GREY)
+            text = axis.text(1.0, row, why, transform=place, ha="right", va="bottom", fontsize=8, color=GREY)
+            text.set_bbox({"facecolor": axis.get_facecolor(), "edgecolor": "none", "pad": 0.5})  # over the line of zero
