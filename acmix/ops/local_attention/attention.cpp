@@ -12,6 +12,8 @@
 // Only the rows of keys that a block of queries sees exist at a time, each in the place `row % capacity` of a ring.
 // Columns are reflected at the border when a row is read, rows when they are looked up.
 
+#include <numeric>
+
 #include "rows.h"
 #include "softmax.h"
 #include "sums.h"
@@ -193,14 +195,14 @@ struct Backward : Task {
 
     Ring keys, tall_keys, tall_values, dkeys, dvalues;
     T *wide_value, *queries, *tall_queries, *grads, *tall_grads;
-    T *weights, *dlogits, *dqueries, *spread, *moments;
+    T *weights, *dlogits, *dqueries, *spread, *moments, *dots_of_heads;
     int64_t written = 0;  // rows of dk and dv so far
 
     void run() {
         int64_t wide = s.capacity * s.wide_keys(), tall = s.capacity * s.tall_keys(), rows = ROWS * s.wide_queries();
         int64_t window = ROWS * K * K * LANES;
         Arena arena{wide, wide, wide, tall, tall, s.wide_keys(), rows, rows, rows, s.tall_queries(), s.tall_queries(),
-                    window, window, s.width * CHANNELS, 2 * s.channels()};
+                    window, window, s.width * CHANNELS, 2 * s.channels(), s.group * LANES};
         for (Ring *ring : {&keys, &dkeys, &dvalues}) *ring = {arena.take(wide), s.wide_keys(), s.capacity};
         for (Ring *ring : {&tall_keys, &tall_values}) *ring = {arena.take(tall), s.tall_keys(), s.capacity};
         wide_value = arena.take(s.wide_keys());
@@ -210,7 +212,8 @@ struct Backward : Task {
         spread = arena.take(s.width * CHANNELS);
         moments = arena.take(2 * s.channels());
         std::fill_n(moments, 2 * s.channels(), T(0));
-        std::fill_n(dalpha, s.group, T(0));
+        dots_of_heads = arena.take(s.group * LANES);
+        std::fill_n(dots_of_heads, s.group * LANES, T(0));
         for (Block block = Block{0, 0}.next(s); block.rows > 0; block = block.next(s)) {
             read_block(block);
             prefetch(block);
@@ -224,6 +227,8 @@ struct Backward : Task {
         }
         while (read < s.height) read_row();
         while (written < s.height) write_row();
+        for (int64_t head = 0; head < s.group; head++)
+            dalpha[head] = std::accumulate(dots_of_heads + head * LANES, dots_of_heads + (head + 1) * LANES, T(0));
         for (int64_t i = 0; i < s.group * s.dim; i++)
             for (int64_t axis = 0; axis < 2; axis++) {
                 int64_t part = i / s.dim * s.parts + i % s.dim / CHANNELS;
@@ -307,7 +312,7 @@ struct Backward : Task {
             // weight adds them up times the place of the query.
             Vec total = load(totals[i]), mean = load(dots[i]) / total;
             softmax_backward(weights + i * K * K * LANES, dlogit, mean, total, alpha / LOG2E);
-            for (int64_t x = 0; x < tile.count(s); x++) dalpha[tile.head] += dots[i][x];
+            for (int64_t x = 0; x < tile.count(s); x++) dots_of_heads[tile.head * LANES + x] += dots[i][x];
             gather(tile, i, dlogit, keys, scale, dqueries);
         }
     }
