@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from acmix import models
 from acmix.config import Config, load_config
 from acmix.studies.plan import arm_config
 from acmix.studies.schema import load_study
+from acmix.studies.size import size_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ("resnet26", "swin_tiny")
@@ -37,10 +36,11 @@ def test_config_validates_and_builds_its_model(path: Path) -> None:
 
 
 def build_on_meta(config: Config) -> None:
-    classes = config.model.num_classes or 10
-    with torch.device("meta"):
-        model = models.create_model(config.model.name, num_classes=classes, **config.model.kwargs)
-    assert sum(parameter.numel() for parameter in model.parameters()) > 100_000
+    """Build the network without memory and pass an image of the config's size through it."""
+    model = config.model.model_copy(update={"num_classes": config.model.num_classes or 10})
+    size = size_of(config.model_copy(update={"model": model}))
+    assert size.parameters > 100_000
+    assert size.multiply_adds > 1_000_000
 
 
 def test_plain_twins_share_their_recipe_with_the_acmix_config() -> None:

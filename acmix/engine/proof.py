@@ -40,19 +40,25 @@ def prove(model: nn.Module, config: Config, classes: int, dist: Distributed, *, 
         held.enter_context(_as_it_was(model, dist.device))
         if training and config.data.batch_size == 1 and not (config.precision.sync_bn and dist.world_size > 1):
             _note_single_values(model, lonely, held)
-        try:
-            with torch.no_grad(), autocast(config.precision, dist.device):
-                logits = model(images)
-        except Exception as error:
-            if _is_out_of_memory(error):
-                raise
-            raise UserError(_explain(error, model, config)) from error
+        with explained(model, config), torch.no_grad(), autocast(config.precision, dist.device):
+            logits = model(images)
     _check_logits(logits, (_BATCH, classes), config.model.name)
     if lonely:
         raise UserError(
             f"data.batch_size: with one image of {_sizes(config)} the batch norm {lonely[0]} has a single value for "
             "each channel, of which there are no statistics; use at least 2, or raise data.image_size"
         )
+
+
+@contextmanager
+def explained(model: nn.Module, config: Config) -> Iterator[None]:
+    """Turn the model's own error about the config's images, whatever it is, into a UserError with the way out."""
+    try:
+        yield
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        raise UserError(_explain(error, model, config)) from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from acmix import models
 from acmix.config import Config
 from acmix.data.datasets import build_val_source
+from acmix.engine.proof import explained
 from acmix.telemetry.flops import multiply_adds
 
 
@@ -19,7 +20,8 @@ class Size:
 
 
 def size_of(config: Config) -> Size:
-    """Build the network without memory for its weights and count. Raises UserError: no such model, data or arguments.
+    """Build the network without memory for its weights and count. Raises UserError: no such model, data or
+    arguments, or a network that cannot take the config's images.
 
     The number of classes is that of the data, unless the config says it.
     """
@@ -28,4 +30,5 @@ def size_of(config: Config) -> Size:
     with torch.device("meta"):
         model = models.create_model(config.model.name, classes, image_size=config.data.size, **kwargs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Size(parameters, multiply_adds(model, (config.model.in_chans, *config.data.size)))
+    with explained(model, config):
+        return Size(parameters, multiply_adds(model, (config.model.in_chans, *config.data.size)))

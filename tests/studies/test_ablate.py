@@ -149,6 +149,16 @@ def test_bad_usage_is_one_message_and_status_2(
     assert len(error.splitlines()) == 1
 
 
+def test_an_arm_whose_network_cannot_take_the_images_is_refused_before_anything_runs(
+    study_file: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swin = "  swin: {model.name: swin_tiny_patch4_window7_224, model.kwargs: {window_size: 4}}\n"
+    study_file.write_text(study_file.read_text() + swin)
+    assert ablate.main([str(study_file), "--out", str(out)]) == 2
+    assert "arm swin: model.kwargs.img_size: swin_tiny_patch4_window7_224 cannot take" in capsys.readouterr().err
+    assert not (out / "runs").exists()
+
+
 def test_a_real_run_and_one_that_cannot_start(study_file: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study_file.write_text(study_file.read_text().replace("seeds: 3", "seeds: [4]"))
     (out / "runs" / "sum").mkdir(parents=True)
