@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from acmix import models
-from acmix.config import load_config
+from acmix.config import Config, load_config
 from acmix.layers.mix import path_weights
 from acmix.process.program import Arguments, run_program, whole_number
-from acmix.telemetry.probes import find_probes
+from acmix.telemetry.probes import Probe, find_probes
 from benchmarks.machine import machine_row
 
 
@@ -45,7 +45,20 @@ def run(arguments: Sequence[str] | None) -> int:
     config = load_config(options.config, options.overrides)
     device = torch.device(options.device)
     torch.set_num_threads(1)
+    probes, seconds = measure(config, device, options.rounds)
+    step = statistics.median(seconds["step"])
+    size = config.data.batch_size
+    print(f"{options.config}: a step of {size} images takes {1e3 * step:.1f} ms, {options.rounds} each")
+    for probe in probes:
+        taken, every = statistics.median(seconds[probe.name]), probe.every or config.run.log_every
+        print(f"{probe.name}: {1e3 * taken:.1f} ms every {every} steps, {taken / (every * step):.2%} of training")
+    total = statistics.median(shares(config, probes, seconds))
+    print(f"all: {total:.2%}", *(f"{key}: {value}" for key, value in machine_row(device).items()), sep="\n")
+    return 0
 
+
+def measure(config: Config, device: torch.device, rounds: int) -> tuple[list[Probe], dict[str, list[float]]]:
+    """The probes of a config, and the seconds of each measurement, by name, and of each "step", all in turn."""
     network = models.create_model(config.model.name, 10, image_size=config.data.size, **config.model.kwargs).to(device)
     gradients = {name: torch.zeros((), device=device) for name in path_weights(network)}
     given: dict[str, Any] = {"images": _images(config.paths.images, config, device), "gradients": gradients}
@@ -58,29 +71,26 @@ def run(arguments: Sequence[str] | None) -> int:
         optimizer.step()
         optimizer.zero_grad()
 
-    probes = find_probes(config.run.probes, config.paths.every)
+    probes = list(find_probes(config.run.probes, config.paths.every))
     tasks: dict[str, Callable[[], Any]] = {"step": step}
     tasks |= {probe.name: partial(probe.rows, network, given.__getitem__) for probe in probes}
-    seconds = _medians(tasks, options.rounds, device)
-    print(
-        f"{options.config}: a step of {len(images)} images takes {1e3 * seconds['step']:.1f} ms, {options.rounds} each"
-    )
-    total = 0.0
-    for probe in probes:
-        every = probe.every or config.run.log_every
-        share = seconds[probe.name] / (every * seconds["step"])
-        total += share
-        print(f"{probe.name}: {1e3 * seconds[probe.name]:.1f} ms every {every} steps, {share:.2%} of training")
-    print(f"all: {total:.2%}", *(f"{key}: {value}" for key, value in machine_row(device).items()), sep="\n")
-    return 0
+    return probes, _seconds(tasks, rounds, device)
 
 
-def _images(count: int, config: Any, device: torch.device) -> torch.Tensor:
+def shares(config: Config, probes: Sequence[Probe], seconds: dict[str, list[float]]) -> list[float]:
+    """Of each round: the time of all probes over that of the steps from one measurement to the next."""
+    return [
+        sum(seconds[probe.name][i] / ((probe.every or config.run.log_every) * step) for probe in probes)
+        for i, step in enumerate(seconds["step"])
+    ]
+
+
+def _images(count: int, config: Config, device: torch.device) -> torch.Tensor:
     return torch.randn(count, config.model.in_chans, *config.data.size, device=device)
 
 
-def _medians(tasks: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each task, in turns; the first round warms up."""
+def _seconds(tasks: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each task in each round, in turns; a first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(rounds + 1):
         for name, task in tasks.items():
@@ -90,7 +100,7 @@ def _medians(tasks: dict[str, Callable[[], Any]], rounds: int, device: torch.dev
                 torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from acmix.engine.run_folder import METRICS, SUMMARY, choose_run
 from acmix.models import create_model
 from acmix.process.signals import StopSignals
 from acmix.telemetry.record import read_rows
+from benchmarks.probes import measure, shares
 from benchmarks.suite import BrokenError, Figure, Suite
 from benchmarks.timing import Samples
 
@@ -69,6 +70,14 @@ def first_step(suite: Suite, threads: int, *, rounds: int = 5) -> Figure:
     return Figure(
         Samples(tuple(seconds[1:])), note="quickstart; the first of six starts, which warms the caches, left out"
     )
+
+
+def probes_cost(suite: Suite, threads: int, *, rounds: int = 7) -> Figure:
+    """Time of the default probes over that of the steps between their measurements, in percent."""
+    config = load_config(QUICKSTART, [])
+    probes, seconds = measure(config, torch.device("cpu"), rounds)
+    told = ", ".join(f"{probe.name} every {probe.every or config.run.log_every} steps" for probe in probes)
+    return Figure(Samples(tuple(100 * share for share in shares(config, probes, seconds))), note=f"quickstart; {told}")
 
 
 def seconds_to_first_step(threads: int, *overrides: str, config: Path = QUICKSTART, cache: Path | None = None) -> float:

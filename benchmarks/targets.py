@@ -17,7 +17,7 @@ from benchmarks.comparisons import (
     throughput,
 )
 from benchmarks.loaders import LOADER_TARGETS
-from benchmarks.runs import first_step, quickstart_accuracy, quickstart_seconds, trainer
+from benchmarks.runs import first_step, probes_cost, quickstart_accuracy, quickstart_seconds, trainer
 from benchmarks.suite import Target
 
 _SHAPES = {"64x56": 30, "128x28": 25, "256x14": 16, "512x7": 7}  # of the blocks of a ResNet; least gain on the authors'
@@ -104,6 +104,9 @@ def _runs() -> list[Target]:
         Target("quickstart", "quickstart, wall seconds", "cpu", 75, False, quickstart_seconds, threads=(2,)),
         Target("quickstart_top1", "quickstart, top-1 in percent", "cpu", 97, True, quickstart_accuracy, threads=(2,)),
         Target("first_step", "seconds to the first step, warm", "cpu", 6, False, first_step, threads=(2,)),
+        Target(
+            "probes", "percent of training that the default probes take", "cpu", 2, False, probes_cost, threads=(1,)
+        ),
     ]
 
 
