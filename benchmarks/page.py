@@ -57,8 +57,25 @@ def _section(data: dict[str, Any], targets: Sequence[Target]) -> str:
     heads = [_threads(count) for count in columns] if len(columns) > 1 else ["measured"]
     lines += ["", _cells("what", "target", *heads, "revision, date"), "|---" * (3 + len(heads)) + "|"]
     lines += [_line(target, [rows.get((target.key, count)) for count in columns], columns) for target in targets]
+    lines += _tried(
+        [target for target in targets if any(_is_missed(target, rows.get((target.key, n))) for n in columns)]
+    )
     results = [result for row in rows.values() for result in row.get("results", [])]
     return "\n".join([*lines, "", *_times(results)])
+
+
+def _is_missed(target: Target, row: Row | None) -> bool:
+    """By the target as it is now; it may have moved since."""
+    return row is not None and "value" in row and not target.met(row["value"])
+
+
+def _tried(missed: Sequence[Target]) -> list[str]:
+    """What was tried for the targets that were missed; what several have in common is said once."""
+    subjects: dict[str, list[str]] = {}
+    for target in missed:
+        subjects.setdefault(target.tried, []).append(target.what.partition(",")[0])
+    told = [f"- {', '.join(dict.fromkeys(names))}: {tried}" for tried, names in subjects.items() if tried]
+    return ["", "Missed, and what was tried:", "", *told] if told else []
 
 
 def _line(target: Target, rows: Sequence[Row | None], columns: Sequence[int]) -> str:
@@ -70,9 +87,9 @@ def _line(target: Target, rows: Sequence[Row | None], columns: Sequence[int]) ->
         elif row is None or "value" not in row:
             cells.append("not measured here" if row is None else _without_value(row))
         else:
-            met = target.met(row["value"])  # the target may have moved since
             figure = f"{_figure(row)}, n={row['n']}"
-            cells.append((figure if met else f"**{figure}, missed**") + (f" ({row['note']})" if row["note"] else ""))
+            figure = f"**{figure}, missed**" if _is_missed(target, row) else figure
+            cells.append(figure + (f" ({row['note']})" if row["note"] else ""))
     occasions = [f"{_revision(row)}, {row['date'][:10]}" for row in rows if row is not None]
     return _cells(target.what, str(target), *cells, "; ".join(dict.fromkeys(occasions)))
 

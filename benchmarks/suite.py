@@ -38,7 +38,8 @@ class Figure:
 class Target:
     """One row of the table: limit is the least figure that meets it where at_least, else the greatest.
 
-    measure is called for each of `threads`, numbers of CPU threads that have a column of their own.
+    measure is called for each of `threads`, numbers of CPU threads that have a column of their own; tried: where it was
+    missed, why, and the designs that were tried for it.
     """
 
     key: str
@@ -48,6 +49,7 @@ class Target:
     at_least: bool
     measure: Callable[["Suite", int], Figure]
     threads: tuple[int, ...] = (1, 2)
+    tried: str = ""
 
     def __str__(self) -> str:
         return f"{'≥' if self.at_least else '≤'} {self.limit:g}"

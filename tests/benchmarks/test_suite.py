@@ -136,6 +136,16 @@ def test_the_page_has_a_table_for_each_machine(tmp_path: Path) -> None:
     assert (tmp_path / "results-cpu-xeon-family-6-model-143-avx512.json").exists()
 
 
+def test_the_page_tells_what_was_tried_for_targets_that_were_missed(tmp_path: Path) -> None:
+    why = "two designs, neither faster"
+    targets = [
+        Target(key, f"{key}, at its size", "cpu", limit, True, counts, threads=(1,), tried=why)
+        for key, limit in (("first", 1), ("second", 2), ("third", 3))
+    ]
+    measure_into(tmp_path, targets)
+    assert f"- second, third: {why}" in (tmp_path / "RESULTS.md").read_text().splitlines()
+
+
 def test_a_damaged_file_of_results_is_named(tmp_path: Path) -> None:
     (tmp_path / Place.of(CPU).file).write_text("{}")
     with pytest.raises(UserError, match="not a file of the benchmark suite"):
