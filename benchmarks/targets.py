@@ -19,6 +19,7 @@ from benchmarks.comparisons import (
 from benchmarks.loaders import LOADER_TARGETS
 from benchmarks.runs import first_step, probes_cost, quickstart_accuracy, quickstart_seconds, trainer
 from benchmarks.suite import Target
+from benchmarks.tried import with_what_was_tried
 
 _SHAPES = {"64x56": 30, "128x28": 25, "256x14": 16, "512x7": 7}  # of the blocks of a ResNet; least gain on the authors'
 _RATE = "{} training images/s / {}, 224², bf16, channels_last, batch 128"
@@ -126,4 +127,4 @@ def _gpu() -> list[Target]:
     ]
 
 
-TARGETS: tuple[Target, ...] = (*_networks(), *_compiled(), *_parts(), *_runs(), *LOADER_TARGETS, *_gpu())
+TARGETS = with_what_was_tried([*_networks(), *_compiled(), *_parts(), *_runs(), *LOADER_TARGETS, *_gpu()])

@@ -1,0 +1,47 @@
+"""Why targets were missed and what was tried for them, told on the page beside the figures."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
+
+from benchmarks.suite import Target
+
+_NARROW = (
+    "heads of 4 to 16 channels fill a quarter of a vector to a whole one, and at width 4 the softmax costs as much as "
+    "the products. Kept: packing pixels with all that the loop needs in registers; four heads of an image together. No "
+    "faster: a few images at a time through both paths, so that q, k and v stay in the cache; projections as matrix "
+    "products (they are 1×1 convolutions)"
+)
+_SCALING = (
+    "0.3 to 0.5 ms of an operation's forward and backward pass are PyTorch's dispatch and autograd on one thread, a "
+    "fifth of the time at 512x7; two cores of an AMD EPYC give a matrix product 1.92 times the rate of one. Kept: "
+    "PyTorch's own OpenMP threads in place of a pool; heads that share a cache line on one thread. Not kept: "
+    "torch.autograd.Function in place of operations of the dispatcher, which saves 0.15 to 0.17 ms of them, because "
+    "compiled graphs, transforms and counters need those"
+)
+_COMPILED = (
+    "Inductor's loops for batch norm, ReLU and changes of layout take longer than PyTorch's kernels. No faster: batch "
+    "norm as one operation that Inductor leaves alone (1.15), max pooling as one (1.12 to 1.15), "
+    "layout_optimization=False (1.08)"
+)
+_SHARDS = (
+    "decoding and resizing take what is left. Kept: slots of shared memory that are used again, crops as arrays until "
+    "they are a batch. No faster: threads in place of processes (1,145 µs an image, 1,135 before), planar resizing; "
+    "little: fast DCT and upsampling (522 µs, 538 before), optimised Huffman tables (532, for files that take 75 % "
+    "longer to write)"
+)
+_TRIED = {
+    "narrow_train*": _NARROW,
+    "*_scaling": _SCALING,
+    "resnet26_compiled_over_eager_train": _COMPILED,
+    "loader_shards": _SHARDS,
+}
+"""Pattern of targets' keys → the text."""
+
+
+def with_what_was_tried(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """The targets, each with its text where there is one."""
+    return tuple(
+        replace(target, tried=next((text for key, text in _TRIED.items() if fnmatch(target.key, key)), ""))
+        for target in targets
+    )
