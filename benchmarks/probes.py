@@ -25,6 +25,7 @@ from acmix.layers.mix import path_weights
 from acmix.process.program import Arguments, run_program, whole_number
 from acmix.telemetry.probes import Probe, find_probes
 from benchmarks.machine import machine_row
+from benchmarks.timing import use_threads
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,13 +45,13 @@ def run(arguments: Sequence[str] | None) -> int:
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     device = torch.device(options.device)
-    torch.set_num_threads(1)
+    use_threads(1)
     probes, seconds = measure(config, device, options.rounds)
     step = statistics.median(seconds["step"])
     size = config.data.batch_size
     print(f"{options.config}: a step of {size} images takes {1e3 * step:.1f} ms, {options.rounds} each")
     for probe in probes:
-        taken, every = statistics.median(seconds[probe.name]), probe.every or config.run.log_every
+        taken, every = statistics.median(seconds[probe.name]), period(probe, config)
         print(f"{probe.name}: {1e3 * taken:.1f} ms every {every} steps, {taken / (every * step):.2%} of training")
     total = statistics.median(shares(config, probes, seconds))
     print(f"all: {total:.2%}", *(f"{key}: {value}" for key, value in machine_row(device).items()), sep="\n")
@@ -77,10 +78,15 @@ def measure(config: Config, device: torch.device, rounds: int) -> tuple[list[Pro
     return probes, _seconds(tasks, rounds, device)
 
 
+def period(probe: Probe, config: Config) -> int:
+    """Steps from one measurement of a probe to the next."""
+    return probe.every or config.run.log_every
+
+
 def shares(config: Config, probes: Sequence[Probe], seconds: dict[str, list[float]]) -> list[float]:
     """Of each round: the time of all probes over that of the steps from one measurement to the next."""
     return [
-        sum(seconds[probe.name][i] / ((probe.every or config.run.log_every) * step) for probe in probes)
+        sum(seconds[probe.name][i] / (period(probe, config) * step) for probe in probes)
         for i, step in enumerate(seconds["step"])
     ]
 

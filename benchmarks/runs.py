@@ -24,9 +24,9 @@ from acmix.engine.run_folder import METRICS, SUMMARY, choose_run
 from acmix.models import create_model
 from acmix.process.signals import StopSignals
 from acmix.telemetry.record import read_rows
-from benchmarks.probes import measure, shares
+from benchmarks.probes import measure, period, shares
 from benchmarks.suite import BrokenError, Figure, Suite
-from benchmarks.timing import Samples
+from benchmarks.timing import Samples, use_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -74,9 +74,10 @@ def first_step(suite: Suite, threads: int, *, rounds: int = 5) -> Figure:
 
 def probes_cost(suite: Suite, threads: int, *, rounds: int = 7) -> Figure:
     """Time of the default probes over that of the steps between their measurements, in percent."""
+    use_threads(threads)
     config = load_config(QUICKSTART, [])
     probes, seconds = measure(config, torch.device("cpu"), rounds)
-    told = ", ".join(f"{probe.name} every {probe.every or config.run.log_every} steps" for probe in probes)
+    told = ", ".join(f"{probe.name} every {period(probe, config)} steps" for probe in probes)
     return Figure(Samples(tuple(100 * share for share in shares(config, probes, seconds))), note=f"quickstart; {told}")
 
 

@@ -15,7 +15,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -147,13 +147,13 @@ class Desk:
 
     def work(self, *, start: bool) -> int:
         """Run what is not finished, unless told not to `start`, and write the results; returns the exit status."""
-        assert self.sizes  # an arm that cannot be built is told before hours of runs
+        sizes = self.sizes  # an arm that cannot be built is told before hours of runs
         try:
             runs = self.plan(measure=start)
             failures = self._run(runs, self.jobs) if start else []
         except Stopped:
             return REQUEUE
-        self._compare(runs)
+        self._compare(runs, sizes)
         for failure in failures:
             print(f"error: {failure}", file=sys.stderr, flush=True)
         if failures:
@@ -217,7 +217,7 @@ class Desk:
     def _is_measured(self, run: Run) -> bool:
         return state_of(run) == "done"
 
-    def _compare(self, runs: Sequence[Run]) -> None:
+    def _compare(self, runs: Sequence[Run], sizes: Mapping[str, Size]) -> None:
         """Write the results of what is finished, and print the table."""
         study = self.study
         outcomes: dict[str, dict[int, Outcome]] = {arm: {} for arm in study.arms}
@@ -227,7 +227,7 @@ class Desk:
         if not any(outcomes.values()):
             print(f"No run of {self.out} is finished: there is nothing to compare")
             return
-        results = summarise(study, outcomes, self.sizes, self.configs[study.reference], self.overrides)
+        results = summarise(study, outcomes, sizes, self.configs[study.reference], self.overrides)
         table = markdown(results, self.typed)
         write_atomically(self.out / "results.json", json.dumps(results, indent=2) + "\n")
         write_atomically(self.out / "results.md", table)

@@ -20,10 +20,10 @@ class Size:
 
 
 def size_of(config: Config) -> Size:
-    """Build the network without memory for its weights and count. Raises UserError: no such model, data or
-    arguments, or a network that cannot take the config's images.
+    """Build the network without memory for its weights, pass an image through it, and count.
 
-    The number of classes is that of the data, unless the config says it.
+    The number of classes is that of the data, unless the config says it. Raises UserError: no such model, data or
+    arguments, or a network that cannot take the config's images.
     """
     classes = config.model.num_classes or len(build_val_source(config).classes)
     kwargs = {**config.model.kwargs, "pretrained": False}
