@@ -126,6 +126,26 @@ def test_values_that_are_nearly_alike_cost_no_precision(impl: str) -> None:
     assert_parity(ValuesAlike(heads=4, head_dim=16, height=14, width=14, kernel_size=7), impl)
 
 
+class LargeLogits(Case):
+    """Keys that are far from zero and alike, as a network that is not trained yet gives: a rounding of a logit of many
+    thousands changes its exponential by percents."""
+
+    def inputs(self) -> list[Tensor]:
+        *maps, position, grad_out = super().inputs()
+        generator = torch.Generator().manual_seed(8)
+        return [
+            *(30 * (m + 4 * torch.randn(m.shape[1], 1, 1, generator=generator)) for m in maps),
+            position,
+            grad_out,
+        ]
+
+
+@needs_compiler
+@pytest.mark.parametrize("head_dim", [4, 128])
+def test_cpp_bears_large_logits(head_dim: int) -> None:
+    assert_parity(LargeLogits(heads=4, head_dim=head_dim, height=14, width=14, kernel_size=7), "cpp")
+
+
 @needs_compiler
 @pytest.mark.parametrize("head_dim", [4, 16])
 def test_cpp_gives_the_same_bits_for_any_number_of_threads(head_dim: int) -> None:

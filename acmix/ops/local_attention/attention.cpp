@@ -308,11 +308,13 @@ struct Backward : Task {
         std::fill_n(scale, LANES, to_bits());
         for (int64_t i = 0; i < tile.block.rows; i++) {
             T *dlogit = dlogits + i * K * K * LANES;
-            // The weights sum to 1 but for rounding. The gradients of a query's logits must sum to 0: that of the position
-            // weight adds them up times the place of the query.
+            // The gradients of a query's logits must sum to 0: that of the position weight adds them up times the place
+            // of the query.
+            T means[LANES];
             Vec total = load(totals[i]), mean = load(dots[i]) / total;
+            store(means, mean);
             softmax_backward(weights + i * K * K * LANES, dlogit, mean, total, alpha / LOG2E);
-            for (int64_t x = 0; x < tile.count(s); x++) dots_of_heads[tile.head * LANES + x] += dots[i][x];
+            for (int64_t x = 0; x < tile.count(s); x++) dots_of_heads[tile.head * LANES + x] += means[x];
             gather(tile, i, dlogit, keys, scale, dqueries);
         }
     }

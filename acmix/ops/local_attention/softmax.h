@@ -42,12 +42,19 @@ inline void add_products(int count, T *const *weights, T *const *grads, T *const
     }
 }
 
-// Gradients (K², LANES) of weights become scale * those of logits; `mean` is that of the gradients by the weights, whose
-// sum is `total`. The mean of what is left after it makes good its rounding, which counts where all values are alike.
-inline void softmax_backward(const T *weights, T *grads, Vec mean, Vec total, T scale) {
+// Weights (K², LANES), whose sum is `total`, are divided by it: they sum to 1 but for the rounding of the sum of
+// exponentials, which is not small where logits are large. Their gradients, whose mean by the weights is `mean`, become
+// scale * those of logits. The mean of what is left after it makes good its rounding, which counts where all values are
+// alike.
+inline void softmax_backward(T *weights, T *grads, Vec mean, Vec total, T scale) {
+    const Vec share = 1 / total;
     Vec left[4] = {};  // sums that do not wait for each other
-    for (int i = 0; i < K * K; i++) left[i % 4] += (load(grads + i * LANES) - mean) * load(weights + i * LANES);
-    mean += ((left[0] + left[1]) + (left[2] + left[3])) / total;
+    for (int i = 0; i < K * K; i++) {
+        Vec weight = load(weights + i * LANES) * share;
+        store(weights + i * LANES, weight);
+        left[i % 4] += (load(grads + i * LANES) - mean) * weight;
+    }
+    mean += (left[0] + left[1]) + (left[2] + left[3]);
     for (int i = 0; i < K * K; i++) {
         Vec weight = load(weights + i * LANES) * scale;
         store(grads + i * LANES, (load(grads + i * LANES) - mean) * weight);

@@ -8,38 +8,46 @@
 namespace {
 
 // logits[n][kx][x] = sum_c queries[n][c][x] * keys[c][key of kx for query x], for N rows of queries, which share every
-// vector of keys. `top` (LANES), where it is given, are maxima of all logits so far.
+// vector of keys. `top` (LANES), where it is given, are maxima of all logits so far. Wide heads are summed SPAN channels
+// at a time: one sum over all of them would err several times as much, which large logits, whose exponentials follow,
+// do not bear.
 template <int N, bool TOP>
 __attribute__((noinline)) void products_of(const Sizes &s, const T *const *queries, const T *keys, T *const *logits,
                                            T *const *top) {
-    constexpr int STEP = REGISTERS < 32 ? 3 : K <= 7 ? K : 5;
+    constexpr int STEP = REGISTERS < 32 ? 3 : K <= 7 ? K : 5, SPAN = 32;
     for (int first = 0; first < K; first += STEP) {
-        Vec sum[N][STEP] = {};
         const T *at[STEP], *query[N];
         for (int i = 0; i < STEP; i++) at[i] = keys + s.offset[std::min(first + i, K - 1)];
         for (int n = 0; n < N; n++) query[n] = queries[n];
-        for (int64_t c = 0; c < s.dim; c++) {
-            Vec value[N];
+        for (int64_t start = 0; start < s.dim; start += SPAN) {
+            const int64_t stop = std::min(start + SPAN, s.dim);
+            const bool last = stop == s.dim;
+            Vec sum[N][STEP] = {};
+            for (int64_t c = start; c < stop; c++) {
+                Vec value[N];
 #pragma GCC unroll 8
-            for (int n = 0; n < N; n++) value[n] = load(query[n] + c * ROWS * LANES);
+                for (int n = 0; n < N; n++) value[n] = load(query[n] + c * ROWS * LANES);
 #pragma GCC unroll 8
-            for (int i = 0; i < STEP; i++) {
-                Vec key = load(at[i] + c * s.pitch);
-                keep(key);
+                for (int i = 0; i < STEP; i++) {
+                    Vec key = load(at[i] + c * s.pitch);
+                    keep(key);
 #pragma GCC unroll 8
-                for (int n = 0; n < N; n++) sum[n][i] += value[n] * key;
-            }
-        }
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) {
-            Vec best = TOP ? load(top[n]) : Vec{};
-#pragma GCC unroll 8
-            for (int i = 0; i < STEP; i++)
-                if (first + i < K) {
-                    store(logits[n] + (first + i) * LANES, sum[n][i]);
-                    if (TOP) best = sum[n][i] > best ? sum[n][i] : best;
+                    for (int n = 0; n < N; n++) sum[n][i] += value[n] * key;
                 }
-            if (TOP) store(top[n], best);
+            }
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) {
+                Vec best = TOP && last ? load(top[n]) : Vec{};
+#pragma GCC unroll 8
+                for (int i = 0; i < STEP; i++)
+                    if (first + i < K) {
+                        T *logit = logits[n] + (first + i) * LANES;
+                        Vec total = start > 0 ? load(logit) + sum[n][i] : sum[n][i];
+                        store(logit, total);
+                        if (TOP) best = total > best ? total : best;
+                    }
+                if (TOP && last) store(top[n], best);
+            }
         }
     }
 }
