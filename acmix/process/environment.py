@@ -13,6 +13,7 @@ import torch
 
 from acmix.config import RunConfig
 from acmix.cores import cores_per_process
+from acmix.process.memory import keep_freed_memory
 
 _CPU = torch.device("cpu")
 _PACKAGES = ("acmix", "torch", "torchvision", "timm", "numpy", "triton")
@@ -22,8 +23,9 @@ def set_up_torch(run: RunConfig, device: torch.device) -> None:
     """Set threads, the precision of float32 matrix products, determinism and the seed.
 
     On CUDA, float32 products may use TensorFloat-32, and cuDNN picks the fastest kernels by trial unless
-    `run.deterministic`. Unless `run.threads` or OMP_NUM_THREADS says how many threads, the processes of a job share the
-    cores among them. Every rank gets the same seed, and so the same initial weights.
+    `run.deterministic`. On a CPU, freed memory is kept for the next step. Unless `run.threads` or OMP_NUM_THREADS says
+    how many threads, the processes of a job share the cores among them. Every rank gets the same seed, and so the same
+    initial weights.
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -35,6 +37,8 @@ def set_up_torch(run: RunConfig, device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = not run.deterministic
+    elif device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(run.seed)
 
 

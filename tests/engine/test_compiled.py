@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -97,6 +98,16 @@ def test_a_compiled_sum_stores_no_further_than_its_row(fenced: Fenced) -> None:
     torch.testing.assert_close(got, normalised(turned, maps, bias))
 
 
+def smooth_network(name: str, **kwargs: Any) -> nn.Module:
+    """A network with SiLU for ReLU, whose gradient one rounding of an input near zero would change by all of it."""
+    network: nn.Module = timm.create_model(name, num_classes=5, drop_path_rate=0.0, **kwargs)
+    for part in network.modules():
+        for child, layer in part.named_children():
+            if isinstance(layer, nn.ReLU):
+                setattr(part, child, nn.SiLU())
+    return network
+
+
 def gradients(run: Callable[[Tensor], Tensor], network: nn.Module, images: Tensor) -> Tensor:
     """Those of all parameters for a training step on images of 5 classes, one after the other."""
     loss = F.cross_entropy(run(images), torch.arange(len(images)) % 5)
@@ -106,21 +117,22 @@ def gradients(run: Callable[[Tensor], Tensor], network: nn.Module, images: Tenso
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (35, 29)], ids=["square", "odd"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_compiled_training_step_is_as_exact_as_an_eager_one(
+def test_a_compiled_training_step_is_as_exact_as_plain_pytorch(
     network: str, size: tuple[int, int], fenced: Fenced
 ) -> None:
     keep_stores_inside()
     name, kwargs = NETWORKS[network]
     torch.manual_seed(0)
-    net = timm.create_model(name, num_classes=5, drop_path_rate=0.0, **kwargs).train()
+    net = smooth_network(name, **kwargs).train()
     images = torch.randn(3, 3, *size)
-    exact = copy.deepcopy(net).double()
+    plain = smooth_network(name, impl="reference", **kwargs).train()
+    plain.load_state_dict(net.state_dict())
+    exact = copy.deepcopy(plain).double()
     target = gradients(exact, exact, images.double())
-    eager = copy.deepcopy(net)
-    plain = relative_error(gradients(eager, eager, images), target)
+    budget = error_budget(relative_error(gradients(plain, plain, images), target), torch.float32)
     error = relative_error(gradients(torch.compile(net, dynamic=False), net, images), target)
     assert fenced.trespassed() == []
-    assert error <= error_budget(plain, torch.float32)
+    assert error <= budget
 
 
 def test_what_a_killed_compiler_left_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
