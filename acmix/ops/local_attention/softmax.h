@@ -49,11 +49,16 @@ inline void add_products(int count, T *const *weights, T *const *grads, T *const
 inline void softmax_backward(T *weights, T *grads, Vec mean, Vec total, T scale) {
     const Vec share = 1 / total;
     Vec left[4] = {};  // sums that do not wait for each other
-    for (int i = 0; i < K * K; i++) {
+    auto add = [&](int i, Vec &sum) {
         Vec weight = load(weights + i * LANES) * share;
         store(weights + i * LANES, weight);
-        left[i % 4] += (load(grads + i * LANES) - mean) * weight;
+        sum += (load(grads + i * LANES) - mean) * weight;
+    };
+    for (int i = 0; i + 4 <= K * K; i += 4) {
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) add(i + n, left[n]);
     }
+    for (int i = K * K / 4 * 4; i < K * K; i++) add(i, left[0]);
     mean += (left[0] + left[1]) + (left[2] + left[3]);
     for (int i = 0; i < K * K; i++) {
         Vec weight = load(weights + i * LANES) * scale;
