@@ -50,10 +50,7 @@ def trainer(
             row = _train(config)
         ratios.append(row["images_per_second"] / _bare_loop(config, window))
         waits.append(row["data_wait"])
-    note = (
-        f"quickstart's model and data, not augmented; {max(waits[1:]):.1%} of the run's time spent waiting for data; "
-        "the run keeps freed memory, the bare loop gives it back"
-    )
+    note = f"quickstart's model and data, not augmented; {max(waits[1:]):.1%} of the run's time spent waiting for data"
     return Figure(Samples(tuple(ratios[1:])), note=note)
 
 
