@@ -69,9 +69,7 @@ def run(program: str) -> int:
 
 def end(status: int) -> None:
     """End this process as the interpreter would, without tearing modules down."""
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
-            thread.join()
+    threading._shutdown()  # tells the threads of executors to end, then joins all
     atexit._run_exitfuncs()
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
