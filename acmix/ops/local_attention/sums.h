@@ -10,11 +10,11 @@ namespace {
 // logits[n][kx][x] = sum_c queries[n][c][x] * keys[c][key of kx for query x], for N rows of queries, which share every
 // vector of keys. `top` (LANES), where it is given, are maxima of all logits so far. Wide heads are summed SPAN channels
 // at a time: one sum over all of them would err several times as much, which large logits, whose exponentials follow,
-// do not bear.
+// do not bear; half as many on older machines, where products may be rounded before they are added.
 template <int N, bool TOP>
 __attribute__((noinline)) void products_of(const Sizes &s, const T *const *queries, const T *keys, T *const *logits,
                                            T *const *top) {
-    constexpr int STEP = REGISTERS < 32 ? 3 : K <= 7 ? K : 5, SPAN = 32;
+    constexpr int STEP = REGISTERS < 32 ? 3 : K <= 7 ? K : 5, SPAN = REGISTERS < 32 ? 16 : 32;
     for (int first = 0; first < K; first += STEP) {
         const T *at[STEP], *query[N];
         for (int i = 0; i < STEP; i++) at[i] = keys + s.offset[std::min(first + i, K - 1)];
