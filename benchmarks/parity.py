@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from acmix.layers.block import ACmix
 from acmix.layers.path import Path
@@ -49,17 +50,8 @@ def _with_statistics(case: Case) -> Case:
     much an implementation errs is the luck of a few roundings, for plain PyTorch as for others.
     """
     module = copy.deepcopy(case.module)
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return case
-    seen = replace(case, module=module, setting=replace(case.setting, compile=False))
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0  # the last batch alone
-    _run(seen, _inputs(seen, "float32", 2), gradients=False, train=True)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return seen
+    update_bn([_inputs(case, "float32", 2)[0]], module)
+    return replace(case, module=module)
 
 
 def _parts(case: Case, dtype: str, kind: type[nn.Module]) -> Iterator[Case]:

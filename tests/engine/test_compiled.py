@@ -99,7 +99,7 @@ def test_a_compiled_sum_stores_no_further_than_its_row(fenced: Fenced) -> None:
 
 
 def smooth_network(name: str, **kwargs: Any) -> nn.Module:
-    """A network with SiLU for ReLU, whose gradient one rounding of an input near zero would change by all of it."""
+    """A network with SiLU for its ReLU layers, whose gradients the rounding of an input near zero would turn over."""
     network: nn.Module = timm.create_model(name, num_classes=5, drop_path_rate=0.0, **kwargs)
     for part in network.modules():
         for child, layer in part.named_children():
