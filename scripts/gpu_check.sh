@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Check and time everything on a machine with an NVIDIA GPU, in under 9 minutes:
 #
-#     scripts/gpu_check.sh [FOLDER]        FOLDER gets the results; benchmarks/gpu unless named
+#     scripts/gpu_check.sh [FOLDER [STEP...]]      FOLDER gets the results, benchmarks/gpu unless named; STEP: some only
 #
-#   tests.txt                    pytest -m gpu: parity of the kernels with float64, bitwise repeatability, streams, graphs
-#   tiles.txt, tiles.json        the Triton kernels with other tiles, at the four shapes of a ResNet
-#   shift_conv_*.txt, .json      grouped against densified convolution path, at the same shapes
-#   RESULTS.md, results-cuda-*.json  the benchmark suite
+#   tests        tests.txt: pytest -m gpu: parity of the kernels with float64, repeatability, streams, graphs, whole runs
+#   tiles        tiles.txt, tiles.json: the Triton kernels with other tiles, at the four shapes of a ResNet
+#   shift_conv   shift_conv_*.txt, .json: the implementations of the convolution path, at the same shapes
+#   suite        RESULTS.md, results-cuda-*.json: the benchmark suite
 #
 # Installs nothing and needs no network. PYTHON names the interpreter (python3), AUTHORS a clone of the authors' code for
 # the rows that compare with it. Every step runs even when one before it failed; the exit status is then 1. 2: no GPU.
 set -uo pipefail
 trap '' PIPE  # with tee -p: a reader that ends stops nothing
 out=${1:+$(realpath -m "$1")}
+steps=${*:2}
+steps=${steps:-tests tiles shift_conv suite}
 cd "$(dirname "$0")/.."
 out=${out:-benchmarks/gpu}
 python=${PYTHON:-python3}
@@ -33,6 +35,7 @@ fi
 step() {
     local name=$1 most=$2 start=$SECONDS
     shift 2
+    [[ " $steps " == *" ${name%_*x*} "* ]] || return 0
     echo "== $name (at most ${most}s)"
     timeout "$most" "$@" 2>&1 | tee -p "$out/$name.txt" || failed+=("$name")
     echo "== $name took $((SECONDS - start))s"
@@ -46,7 +49,7 @@ parallel=()
 step tests 160 "$python" -m pytest -q -m gpu "${parallel[@]}" -p no:cacheprovider
 step tiles 140 "$python" -m benchmarks.tune_triton --seconds 110 --json "$out/tiles.json"
 for shape in 64x56 128x28 256x14 512x7; do
-    step "shift_conv_$shape" 25 "$python" scripts/benchmark.py "shift_conv:$shape" --impl folded,dense --device cuda \
+    step "shift_conv_$shape" 25 "$python" scripts/benchmark.py "shift_conv:$shape" --impl triton,folded,dense --device cuda \
         --dtype bf16 --channels-last --batch-size 128 --seconds 2 --json "$out/shift_conv_$shape.json"
 done
 step suite $((limit - SECONDS)) "$python" scripts/benchmark.py --suite --device cuda --seconds 4 --out "$out" \

@@ -66,7 +66,7 @@ def local_mix_flops(qkv: Shape, position_weight: Shape, weight: Shape, alpha: Sh
 @register_flop_formula(torch.ops.acmix.local_mix_backward)
 def local_mix_backward_flops(grad_out: Shape, *inputs: Any, **_: Any) -> int:
     """The gradients of the same."""
-    q, weight, options = _one_of_three(inputs[0]), inputs[2], inputs[5:8]
+    q, weight, options = _one_of_three(inputs[0]), inputs[2], inputs[6:9]
     return 8 * _members(q, *options) * prod(grad_out) + 4 * _two_steps(q, weight, options[1])
 
 

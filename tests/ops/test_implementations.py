@@ -63,8 +63,13 @@ def test_auto_takes_cpp_only_where_it_may_compile() -> None:
 def test_auto_takes_two_steps_for_many_heads_on_a_cpu() -> None:
     many = replace(PROBLEM, heads=8)
     assert SHIFT_CONV.resolve("auto", many) == "unfolded"
-    for other in (replace(many, heads=4), replace(many, device=CUDA)):
-        assert SHIFT_CONV.resolve("auto", other) == "folded"
+    assert SHIFT_CONV.resolve("auto", replace(many, heads=4)) == "folded"
+
+
+def test_auto_takes_dense_products_for_some_heads_on_a_gpu_and_two_steps_for_many() -> None:
+    """Without Triton, as it is here, up to four heads too are left to PyTorch."""
+    chosen = {heads: SHIFT_CONV.resolve("auto", replace(PROBLEM, heads=heads, device=CUDA)) for heads in (4, 8, 16)}
+    assert chosen == {4: "folded", 8: "dense", 16: "unfolded"}
 
 
 @needs_compiler
@@ -184,7 +189,7 @@ def test_debug_prints_the_choice_for_the_convolution_path_once_per_shape() -> No
     run = run_python(program, ACMIX_DEBUG="1", ACMIX_COMPILE="traced")
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("acmix:")]
     assert line.startswith("acmix: shift_conv 1×8×9×9 float32 on cpu, head_dim 4, kernel_size 3, stride 1, dilation 1")
-    assert ": folded (unfolded: it is the fastest only" in line
+    assert ": folded (triton: the tensors are on cpu, not on CUDA; unfolded: it is the fastest only" in line
     assert "cpp: ACMIX_COMPILE or torch.export keeps auto from compiling here" in line
 
 
@@ -213,7 +218,7 @@ def test_a_damaged_library_is_compiled_again(damage: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("ACMIX_CACHE", str(tmp_path))
     native.library.cache_clear()
     native.library("shift_conv/convolution.cpp", torch.float32, K=3, N=1, LANES=16)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("convolution*")  # beside it may lie what proves that one OpenMP runtime is shared
     whole = file.read_bytes()
     other = bytes([whole[5000] ^ 1])
     file.unlink()  # the process has the old one mapped: to write into it would crash it

@@ -200,7 +200,7 @@ BAD_CALLS = {
     "stride": ({"stride": 0}, r"stride 0 and dilation 1"),
     "impl": (
         {"impl": "fast"},
-        r"unknown impl 'fast': choose auto or one of unfolded, cpp, folded, dense, reference",
+        r"unknown impl 'fast': choose auto or one of triton, unfolded, cpp, dense, folded, reference",
     ),
 }
 

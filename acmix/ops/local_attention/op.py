@@ -170,14 +170,16 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, position_weight, kernel_size, stride, dilation, impl = inputs
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # or zeros are made for the second output
     ctx.mark_non_differentiable(output[1])
     saved = (output[0] if impl == "triton" else None, output[1] if _keeps_lse(impl) else None)
     ctx.save_for_backward(*keepable(q, k, v), position_weight, *saved)
     ctx.options = (kernel_size, stride, dilation, impl)
 
 
-def _autograd_backward(ctx, grad_out: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
+def _autograd_backward(ctx, grad_out: Tensor | None, _: None):  # type: ignore[no-untyped-def]
+    if grad_out is None:
+        return (None,) * 8
     if transformed():
         inputs, options = ctx.saved_tensors[:4], ctx.options[:-1]
         grads = plain_gradients("local_attention", reference.local_attention, inputs, options, grad_out)

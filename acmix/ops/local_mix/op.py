@@ -4,12 +4,16 @@ Either path alone reads q, k and v and writes three gradients. Together the conv
 in place: no gradient is ever copied or summed by itself.
 """
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from acmix.ops import reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
-from acmix.ops.implementations import Problem, Window, transformed
+from acmix.ops.implementations import Problem, Window, is_eager, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.maps import autocast_dtype, without_autocast
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
@@ -43,13 +47,14 @@ def local_mix(
         (B, N*d, ceil(H / stride), ceil(W / stride)).
 
     Raises:
-        RuntimeError: if C++ cannot run here; see `local_mix_refusal`.
+        RuntimeError: if neither C++ nor Triton can run here; see `local_mix_refusal`.
     """
     if (dtype := autocast_dtype(qkv)) is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(dtype)
     with without_autocast(qkv):
-        options = (kernel_size, stride, dilation, channels_last)
-        out: Tensor = _forward(qkv.contiguous(), position_weight, weight, alpha, *options)[0]
+        inputs = (qkv.contiguous(), position_weight, weight, alpha)
+        options = (kernel_size, stride, dilation, channels_last, _impl(qkv.device))
+        out: Tensor = _Eager.apply(*inputs, *options) if is_eager(*inputs) else _forward(*inputs, *options)[0]
         return out
 
 
@@ -61,7 +66,8 @@ def local_mix_refusal(
     impl: str = "auto",
     conv_impl: str = "auto",
 ) -> str | None:
-    """Why the two operations should be called one after the other, or None: if C++ is the choice for both.
+    """Why the two operations should be called one after the other, or None: if C++ is the choice for both on a CPU, or
+    Triton on a GPU.
 
     Args:
         qkv: As in `local_mix`.
@@ -73,8 +79,6 @@ def local_mix_refusal(
         ValueError: for an impl that cannot run here, as the operations do.
     """
     q = qkv[..., : qkv.shape[-1] // 3].permute(0, 3, 1, 2)
-    if q.device.type != "cpu":
-        return "it is written for the CPU"
     if transformed():
         return "it lacks the rules of torch.func and ONNX"
     if attended.stride != convolved.stride or q.numel() == 0:
@@ -82,9 +86,18 @@ def local_mix_refusal(
     attended = attended.on(*q.shape[2:])
     for operation, name, window in ((LOCAL_ATTENTION, impl, attended), (SHIFT_CONV, conv_impl, convolved)):
         choice = operation.resolve(name, Problem.of(q, heads, window))
-        if choice != "cpp":
+        if choice != _impl(q.device):
             return f"{operation.name} runs as {choice}"
     return None
+
+
+def _impl(device: torch.device) -> str:
+    return "cpp" if device.type == "cpu" else "triton"
+
+
+@cache
+def _kernels(impl: str) -> ModuleType:
+    return import_module(f"acmix.ops.local_mix.{impl}")
 
 
 def _plain(
@@ -118,13 +131,13 @@ def _forward(
     stride: int,
     dilation: int,
     channels_last: bool,
-) -> tuple[Tensor, Tensor]:
-    """The sum of the paths, and the log-sum-exp of the logits, for the backward pass."""
-    from acmix.ops.local_mix import cpp
-
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the paths and, for the backward pass, the log-sum-exp of the logits and what else it needs."""
     refuse_forward_ad("local_mix")
     windows = _windows(qkv, weight, kernel_size, stride, dilation)
-    return cpp.forward(qkv, position_weight, weight, alpha, *windows, channels_last)
+    out, lse, *kept = _kernels(impl).forward(qkv, position_weight, weight, alpha, *windows, channels_last)
+    return out, lse, kept[0] if kept else qkv.new_empty(0)
 
 
 @_forward.register_fake
@@ -137,14 +150,19 @@ def _(
     stride: int,
     dilation: int,
     channels_last: bool,
-) -> tuple[Tensor, Tensor]:
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, height, width, channels = qkv.shape
     size = Window(kernel_size, stride, dilation).out_size(height, width)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     lse = qkv.new_empty(batch, channels // 3 // len(position_weight), *size, dtype=wide)
-    if channels_last:
-        return qkv.new_empty(batch, *size, channels // 3).permute(0, 3, 1, 2), lse
-    return qkv.new_empty(batch, channels // 3, *size), lse
+    kept = _empty_map(qkv, *size) if impl == "triton" else qkv.new_empty(0)
+    return _empty_map(qkv, *size) if channels_last else qkv.new_empty(batch, channels // 3, *size), lse, kept
+
+
+def _empty_map(qkv: Tensor, height: int, width: int) -> Tensor:
+    """A channels_last map as wide as q."""
+    return qkv.new_empty(qkv.shape[0], height, width, qkv.shape[3] // 3).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("acmix::local_mix_backward", mutates_args=())
@@ -155,17 +173,21 @@ def _backward(
     weight: Tensor,
     alpha: Tensor,
     lse: Tensor,
+    kept: Tensor,
     kernel_size: int,
     stride: int,
     dilation: int,
     channels_last: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v side by side, the position weight, the convolution's weight and alpha."""
-    from acmix.ops.local_mix import cpp
-
     windows = _windows(qkv, weight, kernel_size, stride, dilation)
+    saved = (lse, kept) if kept.numel() else (lse,)
     with without_autocast(qkv):  # a backward pass may be started under autocast
-        return cpp.backward(grad_out, qkv, position_weight, weight, alpha, lse, *windows)
+        grads: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(impl).backward(
+            grad_out, qkv, position_weight, weight, alpha, *saved, *windows
+        )
+    return grads
 
 
 @_backward.register_fake
@@ -176,29 +198,57 @@ def _(
     weight: Tensor,
     alpha: Tensor,
     lse: Tensor,
+    kept: Tensor,
     kernel_size: int,
     stride: int,
     dilation: int,
     channels_last: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dposition, dalpha = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (position_weight, alpha))
     return qkv.new_empty(qkv.shape), dposition, empty_like_folded(weight), dalpha
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(True)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.set_materialize_grads(False)  # or zeros as large as a map are made for outputs without a gradient
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.options = inputs[4:]
 
 
-def _autograd_backward(ctx, grad_out: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
+def _autograd_backward(ctx, grad_out: Tensor | None, *_: None):  # type: ignore[no-untyped-def]
+    if grad_out is None:
+        return (None,) * 9
     if transformed():
-        grads = plain_gradients("local_mix", _plain, ctx.saved_tensors[:4], ctx.options[:-1], grad_out)
+        grads = plain_gradients("local_mix", _plain, ctx.saved_tensors[:4], ctx.options[:3], grad_out)
     else:
         grads = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The operation without the dispatcher, whose wrappers in Python take longer than a small map."""
+
+    @staticmethod
+    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
+        inputs, (*sizes, channels_last, impl) = arguments[:4], arguments[4:]
+        windows = _windows(inputs[0], inputs[2], *sizes)
+        out, *kept = _kernels(impl).forward(*inputs, *windows, channels_last)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.options, ctx.windows = arguments[4:], windows
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
+        inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            nothing = grad_out.new_empty(0)
+            grads = _backward(grad_out, *inputs, *kept, *[nothing] * (2 - len(kept)), *ctx.options)
+        else:
+            with without_autocast(grad_out):  # a backward pass may be started under autocast
+                grads = _kernels(ctx.options[-1]).backward(grad_out, *inputs, *kept, *ctx.windows)
+        return *grads, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
-register_second_derivative("local_mix", _backward, _plain, options=3)
+register_second_derivative("local_mix", _backward, _plain, options=3, idle=2)

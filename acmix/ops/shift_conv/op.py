@@ -50,8 +50,9 @@ def shift_conv(
         bias: (N*d,) or None.
         stride, dilation: Of the grouped convolution; its padding is dilation * (k // 2), zeros.
         impl: `auto`, or one of `unfolded` (two steps, fewer products from 5 heads on), `cpp`
-            (folded, in C++, on a CPU), `folded` (grouped convolution), `dense` (folded, zeros between the groups),
-            `reference` (two steps): that one runs or the call fails. The former name `compiled` for `cpp` still works.
+            (folded, in C++, on a CPU), `triton` (folded, on a GPU), `folded` (grouped convolution), `dense` (folded,
+            zeros between the groups), `reference` (two steps): that one runs or the call fails. The former name
+            `compiled` for `cpp` still works.
 
     Returns:
         (B, N*d, ceil(H / stride), ceil(W / stride)), channels (head_dim, head): the authors' order, which is added
@@ -75,8 +76,7 @@ def shift_conv(
         fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))
         two_steps = reference.shift_conv if choice == "reference" else _unfolded
         return two_steps(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
-    weight = fold(fc_weight, shift_weight)
-    out = _convolve(q, k, v, weight.to(q.dtype), window, choice)
+    out = _convolve(q, k, v, fold(fc_weight, shift_weight), window, choice)
     if fc_bias is not None:
         out = out + _bias_map(fc_bias, shift_weight, q, window).to(q.dtype)
     return out if bias is None else out + bias.to(q.dtype)[:, None, None]
@@ -122,9 +122,8 @@ def grouped_conv(
             f"weight must be (channels, 3 * heads, k, k), got {tuple(weight.shape)} for {q.shape[1]} channels"
         )
     choice = SHIFT_CONV.resolve(impl, _problem(q, k, v, weight.shape[1], window))
-    weight = weight.to(q.dtype)
     if choice in ("reference", "unfolded"):
-        return convolve_plain(q, k, v, weight, stride, dilation)
+        return convolve_plain(q, k, v, weight.to(q.dtype), stride, dilation)
     return _convolve(q, k, v, weight, window, choice)
 
 
@@ -147,15 +146,16 @@ def _width(q: Tensor, k: Tensor, v: Tensor, maps: int) -> int:
 
 def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, impl: str) -> Tensor:
     """The folded convolution itself: maps (B, N*d, H, W), weight (N*d, 3N, k, k), rows (head_dim, head), d groups."""
+    if impl == "triton":  # it multiplies in float32 anyway
+        return _forward(q, k, v, weight, window.stride, window.dilation, impl)
+    weight = weight.to(q.dtype)
     if impl == "dense":
         return _convolve_dense(q, k, v, weight, window)
-    if q.device.type != "cpu":
-        return convolve_plain(q, k, v, weight, window.stride, window.dilation)
     if impl == "folded" and is_channels_last(v):
         head_dim = _width(q, k, v, weight.shape[1])
         maps = _as_map(_side_by_side(q, k, v, head_dim))
         return F.conv2d(maps, weight, None, window.stride, window.reach, window.dilation, head_dim)
-    if are_uneven(q, k, v):
+    if q.device.type != "cpu" or are_uneven(q, k, v):
         return convolve_plain(q, k, v, weight, window.stride, window.dilation)
     return _forward(q, k, v, weight, window.stride, window.dilation, impl)
 
@@ -266,27 +266,29 @@ def _check_uneven(q: Tensor, k: Tensor, v: Tensor, maps: int, outputs: int) -> N
         )
 
 
-def _empty_like(q: Tensor, height: int, width: int, impl: str) -> Tensor:
-    """A map with the channels of `q` in the layout that `impl` gives it."""
+def _empty_like(maps: Tensor, channels: int, height: int, width: int, impl: str) -> Tensor:
+    """A map of so many channels in the layout that `impl` gives to what it makes of `maps`."""
+    if impl == "triton":
+        return maps.new_empty(maps.shape[0], height, width, channels).permute(0, 3, 1, 2)
     if ALIASES.get(impl, impl) == "cpp":
-        return empty_like_layout(q, height, width)
-    return q.new_empty(*q.shape[:2], height, width)
+        return empty_like_layout(maps, height, width)
+    return maps.new_empty(maps.shape[0], channels, height, width)
 
 
 @torch.library.custom_op("acmix::grouped_conv", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
-    """Grouped convolution over the maps of q, k and v on a CPU, without a reordered copy of them all."""
+    """Grouped convolution over the maps of q, k and v, without a reordered copy of them all."""
     refuse_forward_ad("grouped_conv")
     window = Window(weight.shape[-1], stride, dilation)
     if announcing():  # a compiled graph does not come through `resolve`
-        SHIFT_CONV.announce(impl, Problem.of(q, weight.shape[1] // 3, window))
+        SHIFT_CONV.announce(impl, _problem(q, k, v, weight.shape[1], window))
     return SHIFT_CONV.load(impl).forward(q, k, v, weight, window)
 
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str) -> Tensor:
     height, width = Window(weight.shape[-1], stride, dilation).out_size(*q.shape[2:])
-    return _empty_like(q, height, width, impl)
+    return _empty_like(q, weight.shape[0], height, width, impl)
 
 
 @torch.library.custom_op("acmix::grouped_conv_backward", mutates_args=())
@@ -303,8 +305,9 @@ def _backward(
 def _(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (_empty_like(q, q.shape[2], q.shape[3], impl) for _ in range(3))
-    dweight = empty_like_folded(weight) if ALIASES.get(impl, impl) == "cpp" else weight.new_empty(weight.shape)
+    dq, dk, dv = (_empty_like(q, m.shape[1], m.shape[2], m.shape[3], impl) for m in (q, k, v))
+    is_folded = ALIASES.get(impl, impl) in ("cpp", "triton")
+    dweight = empty_like_folded(weight) if is_folded else weight.new_empty(weight.shape)
     return dq, dk, dv, dweight
 
 

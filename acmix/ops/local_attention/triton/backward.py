@@ -15,21 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from acmix.ops.gpu import device_guard
 from acmix.ops.implementations import Window
-from acmix.ops.local_attention.triton.launch import Geometry, device_guard, launch
+from acmix.ops.local_attention.triton.launch import Geometry, launch
 from acmix.ops.local_attention.triton.window import LN2, NEVER, dot, locate, log2_count, pixel_offsets
 from acmix.ops.maps import empty_like_layout
 
 
 @triton.jit
 def _query_gradient_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, d_position_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, lse_ptr, factor_ptr, dq_ptr, delta_ptr, d_position_ptr,
     grad_sb, grad_sc, grad_sy, grad_sx, q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx,
     out_sb, out_sc, out_sy, out_sx, dq_sb, dq_sc, dq_sy, dq_sx,
     heads, height, width, out_height, out_width, step_y, step_x, to_log2,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, REACH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     image, head, tile_y, tile_x = locate(heads, TILE_H, TILE_W)
     query = tl.arange(0, TILE_H * TILE_W)
@@ -90,6 +91,9 @@ def _query_gradient_kernel(
     total = tl.sum(moment, 1)
     t_x = (tl.sum(moment_x, 1) - total * (query_x - first_x).to(tl.float32)) * step_x  # (M,)
     t_y = (tl.sum(moment_y, 1) - total * (query_y - first_y).to(tl.float32)) * step_y
+    if SCALED:
+        factor = tl.load(factor_ptr).to(tl.float32)
+        t_x, t_y, dq = factor * t_x, factor * t_y, factor * dq
     dq -= t_x[:, None] * position_x[None, :] + t_y[:, None] * position_y[None, :]
     dq *= to_log2 * LN2
     dq_at = pixel_offsets(query_y, query_x, channel, dq_sc, dq_sy, dq_sx, WIDE)
@@ -102,13 +106,13 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, position_ptr, lse_ptr, delta_ptr, factor_ptr, dk_ptr, dv_ptr,
     grad_sb, grad_sc, grad_sy, grad_sx, q_sb, q_sc, q_sy, q_sx, k_sb, k_sc, k_sy, k_sx, v_sb, v_sc, v_sy, v_sx,
     dk_sb, dk_sc, dk_sy, dk_sx, dv_sb, dv_sc, dv_sy, dv_sx,
     heads, height, width, out_height, out_width, step_y, step_x, to_log2,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, REACH: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     image, head, tile_y, tile_x = locate(heads, TILE_H, TILE_W)
     key = tl.arange(0, TILE_H * TILE_W)
@@ -164,6 +168,9 @@ def _key_gradient_kernel(
         dk = dot(weight * d_weight, q, dk, PRECISION)
 
     dk *= to_log2 * LN2
+    if SCALED:
+        factor = tl.load(factor_ptr).to(tl.float32)
+        dk, dv = factor * dk, factor * dv
     dk_at = pixel_offsets(key_y, key_x, channel, dk_sc, dk_sy, dk_sx, WIDE)
     dv_at = pixel_offsets(key_y, key_x, channel, dv_sc, dv_sy, dv_sx, WIDE)
     tl.store(dk_ptr + dk_at, dk.to(dk_ptr.dtype.element_ty), mask=mine)
@@ -171,30 +178,41 @@ def _key_gradient_kernel(
 
 
 def query_gradient(
-    geometry: Geometry, maps: tuple[Tensor, ...], position_weight: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq in the layout of q, delta (B, N, Ho, Wo) and dP (d, 2), the latter two in float32."""
-    q = maps[1]
-    dq = empty_like_layout(q, *geometry.size)
+    geometry: Geometry,
+    maps: tuple[Tensor, ...],
+    position_weight: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write dq; return delta (B, N, Ho, Wo) and dP (d, 2), both in float32."""
     if geometry.window.stride > 1:
         dq.zero_()  # the kernel visits queries only
     delta = torch.empty_like(lse)
     arguments = geometry.arguments(geometry.query_tile("dq"), geometry.out_size, *maps, out, dq)
-    shares = torch.empty((math.prod(arguments["grid"]), arguments["D"], 2), dtype=torch.float32, device=q.device)
+    shares = torch.empty((math.prod(arguments["grid"]), arguments["D"], 2), dtype=torch.float32, device=dq.device)
     strides = [step for tensor in (*maps, out, dq) for step in tensor.stride()]
-    launch(_query_gradient_kernel, arguments, *maps, position_weight, out, lse, dq, delta, shares, *strides)
-    return dq, delta, shares.sum(0)[: geometry.head_dim] * -geometry.scale
+    launch(_query_gradient_kernel, arguments, *maps, position_weight, out, lse, lse if factor is None else factor,
+           dq, delta, shares, *strides, SCALED=factor is not None)  # fmt: skip
+    return delta, shares.sum(0)[: geometry.head_dim] * -geometry.scale
 
 
 def key_gradient(
-    geometry: Geometry, maps: tuple[Tensor, ...], position_weight: Tensor, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dk and dv in the layouts of k and v."""
-    dk, dv = (empty_like_layout(m, *geometry.size) for m in maps[2:])
+    geometry: Geometry,
+    maps: tuple[Tensor, ...],
+    position_weight: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    factor: Tensor | None = None,
+) -> None:
+    """Write dk and dv."""
     arguments = geometry.arguments(geometry.key_tile("dkv"), geometry.size, *maps, dk, dv)
     strides = [step for tensor in (*maps, dk, dv) for step in tensor.stride()]
-    launch(_key_gradient_kernel, arguments, *maps, position_weight, lse, delta, dk, dv, *strides)
-    return dk, dv
+    launch(_key_gradient_kernel, arguments, *maps, position_weight, lse, delta, lse if factor is None else factor,
+           dk, dv, *strides, SCALED=factor is not None)  # fmt: skip
 
 
 def backward(
@@ -207,11 +225,35 @@ def backward(
     lse: Tensor,
     window: Window,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, dP) of `forward`, from its inputs and both outputs; no logit was stored."""
-    geometry = Geometry.of(q, position_weight, window)
-    weight = position_weight.contiguous()
-    maps = (grad_out, q, k, v)
-    with device_guard(q):
-        dq, delta, d_position = query_gradient(geometry, maps, weight, out, lse)
-        dk, dv = key_gradient(geometry, maps, weight, lse, delta)
+    """Gradients (dq, dk, dv, dP) of `forward`, from its inputs and both outputs; no logit was stored.
+
+    dq, dk and dv have the layouts of q, k and v.
+    """
+    dq, dk, dv = (empty_like_layout(m, *m.shape[2:]) for m in (q, k, v))
+    d_position, _ = backward_into((dq, dk, dv), (grad_out, q, k, v), position_weight, out, lse, window)
     return dq, dk, dv, d_position.to(position_weight.dtype)
+
+
+def backward_into(
+    grads: tuple[Tensor, Tensor, Tensor],
+    maps: tuple[Tensor, Tensor, Tensor, Tensor],
+    position_weight: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: Window,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of q, k and v to `grads`; return that of the position weight and delta, both in float32.
+
+    Args:
+        grads: Tensors of the maps' shape, any strides.
+        maps: The gradient of the output, q, k and v.
+        factor: A scalar tensor by which the output was multiplied, None for 1. Its own gradient is delta's sum.
+    """
+    geometry = Geometry.of(maps[1], position_weight, window)
+    weight = position_weight.contiguous()
+    dq, dk, dv = grads
+    with device_guard(dq):
+        delta, d_position = query_gradient(geometry, maps, weight, out, lse, dq, factor)
+        key_gradient(geometry, maps, weight, lse, delta, dk, dv, factor)
+    return d_position, delta

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from acmix.ops.gpu import device_guard
 from acmix.ops.implementations import Window
-from acmix.ops.local_attention.triton.launch import Geometry, device_guard, launch
+from acmix.ops.local_attention.triton.launch import Geometry, launch
 from acmix.ops.local_attention.triton.window import LN2, dot, locate, log2_count, pixel_offsets
 from acmix.ops.maps import empty_like_layout
 

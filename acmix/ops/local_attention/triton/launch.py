@@ -1,7 +1,6 @@
 """What every launch of a local-attention kernel needs to know, worked out once from the tensors."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,20 +50,12 @@ class Geometry:
 
     def query_tile(self, kernel: str) -> Tile:
         """The tile of a kernel (forward, dq) that owns queries and streams keys."""
-
-        def extent(side: int) -> int:
-            return (side - 1) * self.window.stride + 2 * self.window.reach + 1
-
-        surroundings = Surroundings(*self.out_size, *self.size, extent)
+        surroundings = Surroundings(*self.out_size, *self.size, self.window, owns_queries=True)
         return choose_tile(kernel, surroundings, self.head_dim, self.dtype, self.tf32, self.scattered)
 
     def key_tile(self, kernel: str) -> Tile:
         """The tile of a kernel (dkv) that owns keys and streams queries."""
-
-        def extent(side: int) -> int:
-            return (side - 1 + 2 * self.window.reach) // self.window.stride + 1
-
-        surroundings = Surroundings(*self.size, *self.out_size, extent)
+        surroundings = Surroundings(*self.size, *self.out_size, self.window, owns_queries=False)
         return choose_tile(kernel, surroundings, self.head_dim, self.dtype, self.tf32, self.scattered)
 
     def arguments(self, tile: Tile, tiled: tuple[int, int], *maps: Tensor) -> dict[str, Any]:
@@ -97,9 +88,9 @@ class Geometry:
         }
 
 
-def launch(kernel: Any, arguments: dict[str, Any], *pointers_and_strides: Any) -> None:
+def launch(kernel: Any, arguments: dict[str, Any], *pointers_and_strides: Any, **constants: Any) -> None:
     """Run `kernel` with one program per tile, head and image."""
-    kernel[arguments.pop("grid")](*pointers_and_strides, **arguments)
+    kernel[arguments.pop("grid")](*pointers_and_strides, **arguments, **constants)
 
 
 def _needs_64_bits(maps: Tensor) -> bool:
@@ -107,8 +98,3 @@ def _needs_64_bits(maps: Tensor) -> bool:
     return (
         sum((size + 64) * abs(stride) for size, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True)) >= 2**31
     )
-
-
-def device_guard(maps: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensors' device current: Triton launches on the current device and its current stream."""
-    return torch.cuda.device(maps.device) if maps.is_cuda else nullcontext()

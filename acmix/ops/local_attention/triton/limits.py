@@ -1,55 +1,20 @@
-"""What the Triton kernels can run; importing this needs no Triton."""
+"""What the Triton kernels of local attention can run; importing this needs no Triton."""
 
-import importlib.util
-import os
-from functools import cache
-
-import torch
-
+from acmix.ops.gpu import gpu_refusal
 from acmix.ops.implementations import Problem
 
 MAX_HEAD_DIM = 256
 MAX_REACH = 24
-MAX_BATCH = 65535  # the grid's third axis
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MIN_CAPABILITY = (8, 0)
-_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def triton_refusal(problem: Problem) -> str | None:
-    """Why these kernels cannot run this problem, or None if they can. Neither launches nor compiles anything.
-
-    `TRITON_INTERPRET=1` in the environment lets CPU tensors through: the kernels then run in Triton's interpreter. As
-    for Triton itself, what it was at the start counts.
-    """
-    if not _INSTALLED:
-        return "Triton is not installed (pip install triton)"
-    if (refusal := _device_refusal(problem.device)) is not None:
+    """Why these kernels cannot run this problem, or None if they can; see `gpu_refusal`."""
+    if (refusal := gpu_refusal(problem)) is not None:
         return refusal
-    if problem.dtype not in _DTYPES:
-        return f"dtype {problem.dtype} is not one of float32, bfloat16, float16"
     if problem.head_dim > MAX_HEAD_DIM:
         return f"head width {problem.head_dim} is more than {MAX_HEAD_DIM}"
-    if problem.shape[0] > MAX_BATCH:
-        return f"batch size {problem.shape[0]} is more than the {MAX_BATCH} that one launch takes"
     if problem.window.reach > MAX_REACH:
         return (
             f"a window that reaches {problem.window.reach} pixels is wider than the {MAX_REACH} that a tile can stream"
         )
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _device_refusal(device: torch.device) -> str | None:
-    return _known_device_refusal(device)
-
-
-@cache
-def _known_device_refusal(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else f"the tensors are on {device}, not on CUDA"
-    if not torch.cuda.is_available():  # tensors of a FakeTensorMode, which need no GPU
-        return "there is no GPU"
-    if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability {_MIN_CAPABILITY[0]}.0"
     return None

@@ -8,8 +8,11 @@ with the fewest logits in all, which for 7x7 windows is 4x8 on a large map and w
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
+
+from acmix.ops.implementations import Window
 
 MIN_DOT = 16  # the smallest side of a product the tensor cores take
 
@@ -24,8 +27,15 @@ class Surroundings:
     streamed_height: int
     """Pixels that are streamed, along y."""
     streamed_width: int
-    extent: Callable[[int], int]
-    """Side of a tile → side of the rectangle around it that must be streamed, on an unbounded map."""
+    window: Window
+    owns_queries: bool
+    """Whether queries are tiled and keys streamed, or the other way round."""
+
+    def extent(self, side: int) -> int:
+        """Side of the rectangle that must be streamed around a tile of this side, on an unbounded map."""
+        if self.owns_queries:
+            return (side - 1) * self.window.stride + 2 * self.window.reach + 1
+        return (side - 1 + 2 * self.window.reach) // self.window.stride + 1
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,18 @@ def shape_tile(surroundings: Surroundings, height: int, width: int, budget: Budg
     return Tile(height, width, rows, columns, budget.warps, budget.stages)
 
 
-# Padded head dimension → budget. Found by counting instructions, registers and spills of the compiled kernels.
-_FORWARD = {16: Budget(32, 32, 1, 2), 32: Budget(32, 32, 1, 2), 64: Budget(32, 32, 2, 2), 128: Budget(32, 32, 4, 1)}
-_BACKWARD = {16: Budget(32, 16, 1, 2), 32: Budget(32, 16, 1, 2), 64: Budget(32, 16, 2, 1), 128: Budget(32, 32, 4, 1)}
+# Padded head dimension → budget, for 16-bit maps; the fastest of those that benchmarks/tune_triton.py tried on an H200.
+_HALF = {
+    "forward": {
+        16: Budget(32, 32, 1, 3),
+        32: Budget(16, 32, 1, 2),
+        64: Budget(32, 32, 1, 2),
+        128: Budget(64, 32, 4, 1),
+    },
+    "dq": {16: Budget(32, 16, 1, 3), 32: Budget(32, 16, 1, 3), 64: Budget(32, 16, 2, 3), 128: Budget(64, 32, 4, 1)},
+    "dkv": {16: Budget(32, 16, 1, 2), 32: Budget(32, 32, 1, 2), 64: Budget(32, 16, 2, 2), 128: Budget(64, 32, 4, 1)},
+}
+# Found by counting instructions, registers and spills of the compiled kernels.
 _TF32 = {16: Budget(32, 16, 2, 2), 32: Budget(32, 16, 2, 2), 64: Budget(32, 16, 4, 2)}
 # Without tensor cores the operands of a product sit in registers too: smaller pieces, more warps.
 _FLOAT32 = {16: Budget(32, 16, 2, 2), 32: Budget(32, 16, 4, 2), 64: Budget(32, 16, 8, 2)}
@@ -92,12 +111,13 @@ def _budget(kernel: str, head_dim: int, dtype: torch.dtype, tf32: bool, scattere
     if dtype == torch.float32:
         table = _TF32 if tf32 else _FLOAT32
     else:
-        table = _FORWARD if kernel == "forward" else _BACKWARD
+        table = _HALF[kernel]
     budget = table.get(padded_head_dim(head_dim), _WIDEST)
     # Channels that are not adjacent are loaded one by one, each through an address register of its own.
     return replace(budget, warps=min(2 * budget.warps, 8)) if scattered else budget
 
 
+@cache
 def choose_tile(
     kernel: str, surroundings: Surroundings, head_dim: int, dtype: torch.dtype, tf32: bool, scattered: bool = False
 ) -> Tile:
@@ -122,7 +142,9 @@ _override: list[Callable[[str, Surroundings], Tile]] = []
 def forced_tile(make: Callable[[str, Surroundings], Tile]) -> Iterator[None]:
     """Use `make(kernel, surroundings)` for every launch inside the context, as the tuning sweep does."""
     _override.append(make)
+    choose_tile.cache_clear()
     try:
         yield
     finally:
         _override.pop()
+        choose_tile.cache_clear()

@@ -1,0 +1,57 @@
+"""How much of a problem each program of the convolution kernels holds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tile:
+    """pixels, channels: those of a program; unroll: source maps in one turn of its loop."""
+
+    pixels: int
+    channels: int
+    warps: int
+    unroll: int = 2
+
+    def splits(self, pixels: int, parts: int) -> int:
+        """Into how many shares a sum over so many pixels is cut, where each is computed by `parts` programs.
+
+        By the sizes alone, so that every GPU adds in the same order.
+        """
+        return max(1, min(-(-pixels // (4 * self.pixels)), -(-_PROGRAMS // parts)))
+
+
+_PROGRAMS = 4096
+
+
+def map_tile(head_dim: int) -> Tile:
+    """The tile of the kernel that writes maps: a thread holds 32 values of each of four sums, the best on an H200."""
+    channels = min(32, _power_of_two(head_dim))
+    tile = Tile(max(128, 1024 // channels), channels, max(1, channels // 8))
+    return replace(tile, **_override[-1].get("maps", {})) if _override else tile
+
+
+def weight_tile(head_dim: int) -> Tile:
+    """The tile of the kernel that sums the weight's gradient."""
+    channels = min(16, _power_of_two(head_dim))
+    tile = Tile(512 // channels, channels, 4)
+    return replace(tile, **_override[-1].get("weight", {})) if _override else tile
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+_override: list[dict[str, dict[str, Any]]] = []
+
+
+@contextmanager
+def forced_tile(**changes: dict[str, Any]) -> Iterator[None]:
+    """Change the tiles of the kernels `maps` and `weight` inside the context, as the tuning sweep does."""
+    _override.append(changes)
+    try:
+        yield
+    finally:
+        _override.pop()
