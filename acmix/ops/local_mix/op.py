@@ -51,11 +51,14 @@ def local_mix(
     """
     if (dtype := autocast_dtype(qkv)) is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(dtype)
-    with without_autocast(qkv):
-        inputs = (qkv.contiguous(), position_weight, weight, alpha)
-        options = (kernel_size, stride, dilation, channels_last, _impl(qkv.device))
-        out: Tensor = _Eager.apply(*inputs, *options) if is_eager(*inputs) else _forward(*inputs, *options)[0]
-        return out
+    inputs = (qkv.contiguous(), position_weight, weight, alpha)
+    options = (kernel_size, stride, dilation, channels_last, _impl(qkv.device))
+    if is_eager(*inputs):
+        out: Tensor = _Eager.apply(*inputs, *options)
+    else:
+        with without_autocast(qkv):
+            out = _forward(*inputs, *options)[0]
+    return out
 
 
 def local_mix_refusal(

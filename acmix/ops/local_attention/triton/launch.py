@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Geometry:
             "ROWS": tile.rows,
             "COLS": tile.columns,
             "PRECISION": "tf32" if self.tf32 and self.dtype == torch.float32 else "ieee",
-            "WIDE": any(_needs_64_bits(m) for m in maps),
+            "WIDE": any(_needs_64_bits(m.shape[1:], m.stride()[1:]) for m in maps),
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
@@ -93,8 +94,7 @@ def launch(kernel: Any, arguments: dict[str, Any], *pointers_and_strides: Any, *
     kernel[arguments.pop("grid")](*pointers_and_strides, **arguments, **constants)
 
 
-def _needs_64_bits(maps: Tensor) -> bool:
+@cache
+def _needs_64_bits(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether an offset inside one image can leave the range of int32, padding of the last tile included."""
-    return (
-        sum((size + 64) * abs(stride) for size, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True)) >= 2**31
-    )
+    return sum((size + 64) * abs(stride) for size, stride in zip(sizes, strides, strict=True)) >= 2**31
