@@ -54,7 +54,8 @@ def _query_gradient_kernel(
     out = tl.load(out_ptr + pixel_offsets(out_y, out_x, channel, out_sc, out_sy, out_sx, WIDE), mine, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)  # (M,)
     tl.store(delta_ptr + out_y * out_width + out_x, delta, mask=owned)
-    lse = tl.load(lse_ptr + out_y * out_width + out_x, mask=owned, other=0.0) * (1.0 / LN2)
+    # an infinite lse gives a query outside the map weight zero: with none, its exponentials could overflow
+    lse = tl.load(lse_ptr + out_y * out_width + out_x, mask=owned, other=-NEVER) * (1.0 / LN2)
     q = tl.load(q_ptr + pixel_offsets(query_y, query_x, channel, q_sc, q_sy, q_sx, WIDE), real[None, :], other=0.0)
     position_x = tl.load(position_ptr + 2 * channel, mask=real, other=0.0).to(tl.float32)
     position_y = tl.load(position_ptr + 2 * channel + 1, mask=real, other=0.0).to(tl.float32)
@@ -162,7 +163,8 @@ def _key_gradient_kernel(
         row_term = log2_count(query_y[None, :], key_y[:, None], height, REACH, DILATION)
         bias = row_term + (column_term - lse[None, :])
         logits = dot(k, tl.trans(q), tl.zeros_like(column_term), PRECISION) * to_log2 + bias
-        weight = tl.exp2(logits)  # (M, N)
+        # no weight is above 1, but k - P p is rounded otherwise than the forward's logits, which may be large
+        weight = tl.exp2(tl.minimum(logits, 0.0))  # (M, N)
         d_weight = dot(v, tl.trans(grad), tl.zeros_like(weight) - delta[None, :], PRECISION)
         dv = dot(weight, grad, dv, PRECISION)
         dk = dot(weight * d_weight, q, dk, PRECISION)
