@@ -84,9 +84,9 @@ def kernel_results(case: Case, maps: tuple[Tensor, ...]) -> tuple[list[Tensor], 
     return [out, *grads], lse
 
 
-def assert_parity(case: Case, device: str, maps: tuple[Tensor, ...] | None = None) -> None:
+def assert_parity(case: Case, device: str) -> None:
     """At most twice the error of plain PyTorch in the same dtype, plus the rounding of results and sums."""
-    maps = maps or make_maps(case, device)
+    maps = make_maps(case, device)
     exact = reference_results(case, maps, torch.float64)
     plain = reference_results(case, maps, case.dtype)
     results, lse = kernel_results(case, maps)
@@ -151,12 +151,17 @@ def check_auto_takes_triton_wherever_it_can_run() -> None:
 
 
 def assert_parity_of_large_logits(device: str) -> None:
-    """Attention is all or nothing at logits of hundreds, whose exponentials overflow where nothing is subtracted."""
+    """Attention is all or nothing at logits of hundreds, whose exponentials overflow where nothing is subtracted.
+
+    Then nearly nothing is left of the gradients that pass the softmax: only of the others can the error be bounded.
+    """
     case = Case(heads=1, head_dim=8, height=5, width=6, kernel_size=3)
     q, *others = make_maps(case, device)
     maps = (200 * q, *others)
-    assert reference_results(case, maps, torch.float64)[0].isfinite().all()
-    assert_parity(case, device, maps)
+    results = dict(zip(NAMES, kernel_results(case, maps)[0], strict=True))
+    exact = dict(zip(NAMES, reference_results(case, maps, torch.float64), strict=True))
+    assert all(result.isfinite().all() for result in results.values())
+    assert all(relative_error(results[name], exact[name]) < 1e-4 for name in ("out", "dv"))
 
 
 def assert_same_bits(case: Case, device: str) -> None:
