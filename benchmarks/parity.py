@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +33,21 @@ def check_parity(case: Case) -> None:
     together. The module as a whole must give the reference's output (if it is compiled or a part of a network:
     its gradients too) within ten times that budget, because a network amplifies the rounding of every order of sums
     differently, while a mistake is of order one. A case in half precision is also checked in float32, where a slip at a
-    border cannot hide in the noise.
+    border cannot hide in the noise; nor in that of TF32, which is off meanwhile.
     """
+    with _without_tf32():
+        _check(case)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """cuDNN rounds the factors of float32 convolutions to TF32 unless told not to."""
+    flags = torch.backends.cudnn
+    with flags.flags(flags.enabled, flags.benchmark, flags.benchmark_limit, flags.deterministic, allow_tf32=False):
+        yield
+
+
+def _check(case: Case) -> None:
     seen = _with_statistics(case)
     for dtype in dict.fromkeys(["float32", case.setting.dtype]):
         for path in _parts(seen, dtype, Path):

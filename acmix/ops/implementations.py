@@ -16,7 +16,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from acmix.ops.maps import are_dynamic, is_channels_last
 
@@ -130,17 +129,6 @@ def transformed() -> bool:
     looked_at = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # asked first: the other takes microseconds
     return looked_at or (traced and torch.onnx.is_in_onnx_export())
-
-
-def is_eager(*tensors: Tensor) -> bool:
-    """Whether nobody looks at the operations that are called: no compiler, no tracer, no dispatch mode, which counts
-    multiply-adds or makes fake tensors, and no subclass of a tensor."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
-    )
 
 
 def may_compile() -> bool:

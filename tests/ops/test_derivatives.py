@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
+from acmix.layers import ACmix
 from acmix.ops import local_attention, shift_conv
 from acmix.ops.native import cxx_compiler
 from acmix.testing import AttentionCase, ShiftConvCase
@@ -160,3 +161,19 @@ def test_debug_says_when_the_reference_steps_in():
     assert second == "acmix: local_attention: reference, for a derivative that the other implementations lack"
     assert ": reference (" in mapped
     assert "dense: it lacks the rules of torch.func" in mapped
+
+
+def test_a_block_takes_many_gradients_at_once_and_second_derivatives():
+    """Both of its paths are one operation."""
+    torch.manual_seed(0)
+    block = ACmix(8, 8, heads=2, kernel_att=3).double()
+    x = torch.randn(1, 8, 4, 5, dtype=torch.float64, requires_grad=True)
+    out = block(x)
+    gradients = torch.randn(3, *out.shape, dtype=torch.float64)
+    leaves = [x, *block.parameters()]
+    together = torch.autograd.grad(out, leaves, gradients, is_grads_batched=True, retain_graph=True)
+    for i, gradient in enumerate(gradients):
+        alone = torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+        for many, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(many[i], one)
+    assert torch.autograd.gradgradcheck(block, (x,), fast_mode=True)

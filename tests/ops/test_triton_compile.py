@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from acmix.ops.implementations import Window
 from acmix.ops.local_attention.triton import kernels
+from acmix.ops.shift_conv.triton import kernels as convolution
 
 SPILLED = 128  # bytes a thread
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -124,6 +125,23 @@ def test_kernels_for_the_widest_heads_compile(compiled: list[Compiled]) -> None:
     launch_all(128, 7, torch.bfloat16)
     assert len(compiled) == 3
     assert all(kernel.shared <= 227 * 1024 for kernel in compiled), "more shared memory than a block can have"
+
+
+@pytest.mark.parametrize(("head_dim", "side"), [(16, 56), (128, 7)])
+def test_convolution_kernels_of_resnet_compile_with_vector_loads(
+    compiled: list[Compiled], head_dim: int, side: int
+) -> None:
+    window, channels = Window(3, 1, 1), 4 * head_dim
+    maps, out = (
+        torch.zeros(2, side, side, count * channels, dtype=torch.bfloat16).permute(0, 3, 1, 2) for count in (3, 1)
+    )
+    weight = torch.zeros(12, 3, 3, channels).permute(3, 0, 1, 2)
+    convolution.forward_into(out, maps, weight, window, out, torch.zeros(()))
+    convolution.backward_maps_into([maps], out, weight, window, accumulate=True)
+    convolution.backward_weight(maps, out, weight, window)
+    assert [kernel.kernel for kernel in compiled] == ["_maps_kernel", "_maps_kernel", "_weight_kernel"]
+    assert all(kernel.stack <= 4 * SPILLED for kernel in compiled)
+    assert all("v4.b32" in kernel.assembly for kernel in compiled)
 
 
 @pytest.mark.slow

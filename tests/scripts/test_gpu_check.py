@@ -34,6 +34,17 @@ def test_results_that_cannot_be_written_are_refused_before_the_steps() -> None:
     assert "== tests" not in run.stdout
 
 
+def test_only_the_steps_asked_for_are_taken(tmp_path: Path) -> None:
+    run = check(f"scripts/gpu_check.sh {tmp_path}/results shift_conv suite")
+    assert run.returncode == 0, run.stderr
+    taken = {path.name for path in (tmp_path / "results").glob("*.txt")} - {"tests.txt", "machine.txt"}
+    assert taken == {"suite.txt", *(f"shift_conv_{shape}.txt" for shape in ("64x56", "128x28", "256x14", "512x7"))}
+    assert "== tests" not in run.stdout
+    refused = check("scripts/gpu_check.sh /tmp/results tiels")
+    assert refused.returncode == 2
+    assert "no step tiels" in refused.stderr
+
+
 def test_a_reader_that_ends_does_not_end_the_check(tmp_path: Path) -> None:
     run = check(f"scripts/gpu_check.sh {tmp_path}/results | true; exit ${{PIPESTATUS[0]}}")
     assert run.returncode == 0, run.stderr

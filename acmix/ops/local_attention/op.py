@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from acmix.ops import reference
+from acmix.ops import eager, reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
 from acmix.ops.implementations import ALIASES, Problem, Window, announcing, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
@@ -65,7 +65,36 @@ def local_attention(
     choice = LOCAL_ATTENTION.resolve(impl, Problem.of(q, q.shape[1] // position_weight.shape[0], window))
     if choice == "reference":
         return reference.local_attention(q, k, v, position_weight, kernel_size, stride, dilation)
-    return _forward(q, k, v, position_weight, kernel_size, stride, dilation, choice)[0]
+    inputs, options = (q, k, v, position_weight), (kernel_size, stride, dilation, choice)
+    if not eager.is_eager(*inputs):
+        out: Tensor = _forward(*inputs, *options)[0]
+        return out
+    kernels = LOCAL_ATTENTION.load(choice)
+
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        result = kernels.forward(*tensors, window)
+        return _kept(choice, *result) if _keeps_lse(choice) else (result,)
+
+    return eager.call(
+        forward,
+        lambda *tensors: kernels.backward(*tensors, window),
+        lambda grad, *tensors: _backward(grad, *tensors[:4], *_saved(choice, *tensors[4:]), *options),
+        lambda grad, *tensors: plain_gradients(
+            "local_attention", reference.local_attention, tensors, options[:-1], grad
+        ),
+        *inputs,
+    )
+
+
+def _kept(impl: str, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """The output, and what the backward pass of an implementation needs."""
+    return (out, out, lse) if impl == "triton" else (out, lse)
+
+
+def _saved(impl: str, *kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Output and log-sum-exp as `_backward` takes them."""
+    out = kept[0] if impl == "triton" else None
+    return out, kept[-1] if _keeps_lse(impl) else None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor) -> None:

@@ -11,9 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from acmix.ops import reference
+from acmix.ops import eager, reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
-from acmix.ops.implementations import Problem, Window, is_eager, transformed
+from acmix.ops.implementations import Problem, Window, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.maps import autocast_dtype, without_autocast
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
@@ -53,11 +53,17 @@ def local_mix(
         qkv = qkv.to(dtype)
     inputs = (qkv.contiguous(), position_weight, weight, alpha)
     options = (kernel_size, stride, dilation, channels_last, _impl(qkv.device))
-    if is_eager(*inputs):
-        out: Tensor = _Eager.apply(*inputs, *options)
-    else:
-        with without_autocast(qkv):
-            out = _forward(*inputs, *options)[0]
+    if eager.is_eager(*inputs):
+        kernels, windows = _kernels(options[-1]), _windows(qkv, weight, kernel_size, stride, dilation)
+        return eager.call(
+            lambda *tensors: kernels.forward(*tensors, *windows, channels_last),
+            lambda *tensors: kernels.backward(*tensors, *windows),
+            lambda *tensors: _backward(*tensors, *[qkv.new_empty(0)] * (7 - len(tensors)), *options),
+            lambda grad, *tensors: plain_gradients("local_mix", _plain, tensors, options[:3], grad),
+            *inputs,
+        )
+    with without_autocast(qkv):
+        out: Tensor = _forward(*inputs, *options)[0]
     return out
 
 
@@ -227,30 +233,6 @@ def _autograd_backward(ctx, grad_out: Tensor | None, *_: None):  # type: ignore[
     else:
         grads = _backward(grad_out, *ctx.saved_tensors, *ctx.options)
     return *grads, None, None, None, None, None
-
-
-class _Eager(torch.autograd.Function):
-    """The operation without the dispatcher, whose wrappers in Python take longer than a small map."""
-
-    @staticmethod
-    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
-        inputs, (*sizes, channels_last, impl) = arguments[:4], arguments[4:]
-        windows = _windows(inputs[0], inputs[2], *sizes)
-        out, *kept = _kernels(impl).forward(*inputs, *windows, channels_last)
-        ctx.save_for_backward(*inputs, *kept)
-        ctx.options, ctx.windows = arguments[4:], windows
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor):  # type: ignore[no-untyped-def]
-        inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        if torch.is_grad_enabled():  # a second derivative is wanted
-            nothing = grad_out.new_empty(0)
-            grads = _backward(grad_out, *inputs, *kept, *[nothing] * (2 - len(kept)), *ctx.options)
-        else:
-            with without_autocast(grad_out):  # a backward pass may be started under autocast
-                grads = _kernels(ctx.options[-1]).backward(grad_out, *inputs, *kept, *ctx.windows)
-        return *grads, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

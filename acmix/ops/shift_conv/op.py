@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acmix.ops import reference
+from acmix.ops import eager, reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
 from acmix.ops.implementations import ALIASES, Problem, Window, announcing, transformed
 from acmix.ops.maps import (
@@ -147,7 +147,7 @@ def _width(q: Tensor, k: Tensor, v: Tensor, maps: int) -> int:
 def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, impl: str) -> Tensor:
     """The folded convolution itself: maps (B, N*d, H, W), weight (N*d, 3N, k, k), rows (head_dim, head), d groups."""
     if impl == "triton":  # it multiplies in float32 anyway
-        return _forward(q, k, v, weight, window.stride, window.dilation, impl)
+        return _run(q, k, v, weight, window, impl)
     weight = weight.to(q.dtype)
     if impl == "dense":
         return _convolve_dense(q, k, v, weight, window)
@@ -157,7 +157,23 @@ def _convolve(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, i
         return F.conv2d(maps, weight, None, window.stride, window.reach, window.dilation, head_dim)
     if q.device.type != "cpu" or are_uneven(q, k, v):
         return convolve_plain(q, k, v, weight, window.stride, window.dilation)
-    return _forward(q, k, v, weight, window.stride, window.dilation, impl)
+    return _run(q, k, v, weight, window, impl)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Window, impl: str) -> Tensor:
+    """An implementation in a module of its own."""
+    inputs, options = (q, k, v, weight), (window.stride, window.dilation, impl)
+    if not eager.is_eager(*inputs):
+        out: Tensor = _forward(*inputs, *options)
+        return out
+    kernels = SHIFT_CONV.load(impl)
+    return eager.call(
+        lambda *tensors: (kernels.forward(*tensors, window),),
+        lambda *tensors: kernels.backward(*tensors, window),
+        lambda *tensors: _backward(*tensors, *options),
+        lambda grad, *tensors: plain_gradients("shift_conv", convolve_plain, tensors, options[:-1], grad),
+        *inputs,
+    )
 
 
 def convolve_plain(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:

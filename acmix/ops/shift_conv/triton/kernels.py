@@ -234,7 +234,7 @@ def backward(
     maps, planar = side_by_side(q, k, v), as_maps(grad_out, _head_dim(weight, q.shape[1] + k.shape[1] + v.shape[1]))
     grads = [_empty(m, *m.shape[1:]) for m in (q, k, v)]
     backward_maps_into(grads, planar, weight, window)
-    return grads[0], grads[1], grads[2], backward_weight(maps, planar, weight, window)
+    return grads[0], grads[1], grads[2], backward_weight(maps, planar, weight, window).to(weight.dtype)
 
 
 def side_by_side(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""Operations without the dispatcher, whose wrappers in Python take longer than the work on a small map."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from acmix.ops.implementations import transformed
+from acmix.ops.maps import without_autocast
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether nobody looks at the operations that are called: no compiler, no tracer, no dispatch mode, which counts
+    multiply-adds or makes fake tensors, and no subclass of a tensor."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    )
+
+
+def call(
+    forward: Callable[..., Iterable[Tensor]],
+    backward: Callable[..., Sequence[Tensor]],
+    derivative: Callable[..., Sequence[Tensor]],
+    plain: Callable[..., Sequence[Tensor]],
+    *inputs: Tensor,
+) -> Tensor:
+    """An operation whose gradients autograd knows.
+
+    Args:
+        forward: The inputs → the output, and what else the backward pass needs.
+        backward: The output's gradient, the inputs and what else `forward` gave → the gradients of the inputs.
+        derivative: The same, by operations that autograd can differentiate and take many gradients at once.
+        plain: The output's gradient and the inputs → the gradients of the inputs, in plain PyTorch; for a backward pass
+            inside a transform of torch.func.
+    """
+    out: Tensor = _Eager.apply(forward, backward, derivative, plain, *inputs)
+    return out
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Any, backward: Any, derivative: Any, plain: Any, *inputs: Tensor) -> Tensor:
+        out, *kept = forward(*inputs)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.inputs, ctx.passes = len(inputs), (backward, derivative, plain)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        backward, derivative, plain = ctx.passes
+        saved = ctx.saved_tensors
+        with without_autocast(grad_out):  # a backward pass may be started under autocast
+            if transformed():
+                grads = plain(grad_out, *saved[: ctx.inputs])
+            elif torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_out):
+                grads = derivative(grad_out, *saved)
+            else:
+                grads = backward(grad_out, *saved)
+        return None, None, None, None, *grads
