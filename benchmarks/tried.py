@@ -53,7 +53,7 @@ _GPU_NETWORK = (
     "steps each): 112 ms at first, 79 of them kernels, where the largest cost that is no matrix product was how q, k "
     "and v came to cuDNN's grouped convolution and from it: copies, changes between NCHW and NHWC and batch norm in "
     "NCHW, 25 ms; 79 ms, 52 of them kernels, with the convolution path in Triton, which reads the maps where the "
-    "projection puts them, and both paths in one operation; 66 ms with the fastest of 340 tiles and "
+    "projection puts them, and both paths in one operation; 66 ms with faster tiles, of 340 tried, and "
     "torch.autograd.Function in eager mode. No faster: densified convolution by cuDNN (1.5 ms for the path at 64x56, "
     "1.3 in Triton), the paper's two steps (6.8 ms). Not tried: a CUDA graph of the step, which would take Python out "
     "of it"

@@ -121,7 +121,8 @@ def _budget(kernel: str, head_dim: int, dtype: torch.dtype, tf32: bool, scattere
 def choose_tile(
     kernel: str, surroundings: Surroundings, head_dim: int, dtype: torch.dtype, tf32: bool, scattered: bool = False
 ) -> Tile:
-    """The tile with the fewest logits for `kernel` (forward, dq or dkv); among equals, the squarest.
+    """The tile with the fewest logits for `kernel` (forward, dq or dkv); among equals, the squarest, then the widest
+    that the map holds.
 
     `scattered`: the channels of a pixel are not adjacent in memory (a contiguous map rather than a channels_last one).
     """
@@ -132,7 +133,12 @@ def choose_tile(
     tiles = [shape_tile(surroundings, *shape, budget) for shape in shapes]
     most = max(budget.slots, min(tile.rows * tile.columns for tile in tiles))
     fitting = [tile for tile in tiles if tile.rows * tile.columns <= most]
-    return min(fitting, key=lambda tile: (logits(surroundings, tile), abs(tile.width - tile.height)))
+
+    def cost(tile: Tile) -> tuple[int, int, bool, int]:
+        hangs_over = tile.width > surroundings.width
+        return logits(surroundings, tile), abs(tile.width - tile.height), hangs_over, -tile.width
+
+    return min(fitting, key=cost)
 
 
 _override: list[Callable[[str, Surroundings], Tile]] = []

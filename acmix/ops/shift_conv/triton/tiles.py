@@ -13,7 +13,7 @@ class Tile:
     pixels: int
     channels: int
     warps: int
-    unroll: int = 2
+    unroll: int = 4
 
     def splits(self, pixels: int, parts: int) -> int:
         """Into how many shares a sum over so many pixels is cut, where each is computed by `parts` programs.
@@ -36,7 +36,8 @@ def map_tile(head_dim: int) -> Tile:
 def weight_tile(head_dim: int) -> Tile:
     """The tile of the kernel that sums the weight's gradient."""
     channels = min(16, _power_of_two(head_dim))
-    tile = Tile(512 // channels, channels, 4)
+    few = head_dim > 16  # many blocks of channels make enough programs of fewer pixels each
+    tile = Tile((256 if few else 512) // channels, channels, 2 if few else 4)
     return replace(tile, **_override[-1].get("weight", {})) if _override else tile
 
 
