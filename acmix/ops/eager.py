@@ -29,7 +29,7 @@ def call(
     plain: Callable[..., Sequence[Tensor]],
     *inputs: Tensor,
 ) -> Tensor:
-    """An operation whose gradients autograd knows.
+    """An operation whose gradients autograd knows. The functions live as long as the graph: they must hold no tensors.
 
     Args:
         forward: The inputs → the output, and what else the backward pass needs.

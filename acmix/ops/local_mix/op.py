@@ -58,7 +58,7 @@ def local_mix(
         return eager.call(
             lambda *tensors: kernels.forward(*tensors, *windows, channels_last),
             lambda *tensors: kernels.backward(*tensors, *windows),
-            lambda *tensors: _backward(*tensors, *[qkv.new_empty(0)] * (7 - len(tensors)), *options),
+            lambda grad, *tensors: _backward(grad, *tensors, *[grad.new_empty(0)] * (6 - len(tensors)), *options),
             lambda grad, *tensors: plain_gradients("local_mix", _plain, tensors, options[:3], grad),
             *inputs,
         )
