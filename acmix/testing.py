@@ -180,9 +180,12 @@ def draw_maps(
 
 
 @contextmanager
-def fresh_memory_is_nan() -> Iterator[None]:
-    """torch.empty and its kin return NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def fresh_memory_is_nan(*, warn_only: bool = True) -> Iterator[None]:
+    """torch.empty and its kin return NaN, so that an element nobody wrote shows.
+
+    Operations of PyTorch that are not deterministic warn; they raise RuntimeError unless `warn_only`.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
         yield
     finally:

@@ -142,22 +142,19 @@ def build_kernels(problem: Problem, device: str = "cuda") -> dict[str, Kernel]:
     weight = torch.randn(3 * HEADS, 3, 3, channels, device=device).permute(3, 0, 1, 2)
     geometry = Geometry.of(q, position, ATTENDED)
     lse = torch.empty(problem.batch, HEADS, problem.side, problem.side, device=device)
-    attended = out = delta = convolved = grad
+    attended, delta, convolved = torch.empty_like(grad), lse, torch.empty_like(grad)
     exact: list[Tensor] = []
     if device == "cuda":
         attended, lse = forward(q, k, v, position, ATTENDED)
         delta, _ = query_gradient(geometry, (grad, q, k, v), position, attended, lse, dq)
         exact = _exact(maps[:1], grad[:1], position, weight)
-    else:
-        delta = lse
-    out, convolved = attended, torch.empty_like(grad)
     planar = convolution.as_maps(grad, head_dim)
 
     def run_forward() -> tuple[Tensor, ...]:
         return (forward(q, k, v, position, ATTENDED)[0],)
 
     def run_dq() -> tuple[Tensor, ...]:
-        query_gradient(geometry, (grad, q, k, v), position, out, lse, dq)
+        query_gradient(geometry, (grad, q, k, v), position, attended, lse, dq)
         return (dq,)
 
     def run_dkv() -> tuple[Tensor, ...]:

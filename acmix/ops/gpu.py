@@ -1,4 +1,4 @@
-"""What the operations written in Triton share: the devices and dtypes they run on. Importing this needs no Triton."""
+"""What the operations written in Triton share: devices, dtypes, sizes. Importing this needs no Triton."""
 
 import importlib.util
 import os
@@ -37,6 +37,11 @@ def gpu_refusal(problem: Problem) -> str | None:
 def device_guard(maps: Tensor) -> AbstractContextManager[Any]:
     """Make the tensors' device current: Triton launches on the current device and its current stream."""
     return torch.cuda.device(maps.device) if maps.is_cuda else nullcontext()
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`: the size of a range in Triton."""
+    return 1 << max(value - 1, 0).bit_length()
 
 
 @torch.compiler.assume_constant_result

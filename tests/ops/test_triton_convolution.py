@@ -5,20 +5,12 @@ collects the functions named check_*; with a GPU `pytest -m gpu` runs compiled k
 """
 
 import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
-import triton
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from acmix.layers import ACmix
 from acmix.ops.implementations import Window
@@ -26,7 +18,7 @@ from acmix.ops.local_mix import op as mix
 from acmix.ops.local_mix import triton as mix_kernels
 from acmix.ops.shift_conv.op import convolve_plain
 from acmix.ops.shift_conv.triton import kernels
-from acmix.testing import error_budget, relative_error
+from acmix.testing import error_budget, fresh_memory_is_nan, relative_error
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -73,16 +65,6 @@ class Case:
         return parts if self.sliced else tuple(part.contiguous() for part in parts)
 
 
-@contextmanager
-def fresh_memory_is_nan() -> Iterator[None]:
-    """torch.empty returns NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def assert_close(
     case: Case, names: tuple[str, ...], results: list[Tensor], plain: list[Tensor], exact: list[Tensor]
 ) -> None:
@@ -101,7 +83,7 @@ def assert_close(
 def convolution_results(case: Case, device: str) -> list[Tensor]:
     maps, weight, grad = case.draw(device)
     q, k, v = case.split(maps)
-    with fresh_memory_is_nan():
+    with fresh_memory_is_nan(warn_only=False):
         out = kernels.forward(q, k, v, weight, case.window)
         return [out, *kernels.backward(grad, q, k, v, weight, case.window)]
 
@@ -138,7 +120,7 @@ def assert_mix_parity(case: Case, device: str) -> None:
         return joined(out, *torch.autograd.grad(out, leaves, grad.to(dtype)))
 
     windows = mix._windows(maps, weight, *options)
-    with fresh_memory_is_nan():
+    with fresh_memory_is_nan(warn_only=False):
         out, *kept = mix_kernels.forward(maps, position, weight, alpha, *windows, True)
         results = joined(out, *mix_kernels.backward(grad, maps, position, weight, alpha, *kept, *windows))
     assert_close(case, ("out", "dqkv", "dP and dalpha", "dweight"), results, plain(case.dtype), plain(torch.float64))
@@ -191,27 +173,8 @@ def check_a_block_runs_both_paths_in_one_operation(monkeypatch: pytest.MonkeyPat
         assert relative_error(mine, theirs) < 1e-5
 
 
-@pytest.mark.skipif(
-    TorchVersion(triton.__version__) < (3, 7) and TorchVersion(numpy.__version__) >= (2, 4),
-    reason="the interpreter of Triton 3.6 cannot take loop bounds from a tensor with NumPy 2.4 or newer",
-)
-def test_kernels_pass_every_check_in_the_interpreter() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "python_functions=check_*",
-        __file__,
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parents[2]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert f"{len(INTERPRETED) + len(MIXED) + 1} passed" in run.stdout
+def test_kernels_pass_every_check_in_the_interpreter(pass_in_interpreter: Callable[[str, int], None]) -> None:
+    pass_in_interpreter(__file__, len(INTERPRETED) + len(MIXED) + 1)
 
 
 def gpu_cases() -> Iterator[Case]:

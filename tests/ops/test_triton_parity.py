@@ -6,26 +6,18 @@ TRITON_INTERPRET counts only before Triton is imported: there pytest collects th
 """
 
 import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
-import triton
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from acmix.ops import reference
 from acmix.ops.implementations import Problem, Window
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.local_attention.triton import kernels
-from acmix.testing import AttentionCase, error_budget, relative_error
+from acmix.testing import AttentionCase, error_budget, fresh_memory_is_nan, relative_error
 
 NAMES = ("out", "dq", "dk", "dv", "dP")
 
@@ -63,22 +55,12 @@ def reference_results(case: Case, maps: tuple[Tensor, ...], dtype: torch.dtype) 
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
-@contextmanager
-def fresh_memory_is_nan() -> Iterator[None]:
-    """torch.empty returns NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def kernel_results(case: Case, maps: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
     """Output and gradients of the kernels, and the log-sum-exp."""
     *inputs, grad_out = maps
     window = Window(case.kernel_size, case.stride, case.dilation)
-    with fresh_memory_is_nan():
+    with fresh_memory_is_nan(warn_only=False):
+        assert torch.utils.deterministic.fill_uninitialized_memory
         out, lse = kernels.forward(*inputs, window)
         grads = kernels.backward(grad_out, *inputs, out, lse, window)
     return [out, *grads], lse
@@ -189,27 +171,8 @@ def assert_parity_of_far_rows(case: Case, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(near, results, strict=True))
 
 
-@pytest.mark.skipif(
-    TorchVersion(triton.__version__) < (3, 7) and TorchVersion(numpy.__version__) >= (2, 4),
-    reason="the interpreter of Triton 3.6 cannot take loop bounds from a tensor with NumPy 2.4 or newer",
-)
-def test_kernels_pass_every_check_in_the_interpreter() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "python_functions=check_*",
-        __file__,
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parents[2]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert f"{len(INTERPRETED) + 5} passed" in run.stdout
+def test_kernels_pass_every_check_in_the_interpreter(pass_in_interpreter: Callable[[str, int], None]) -> None:
+    pass_in_interpreter(__file__, len(INTERPRETED) + 5)
 
 
 def gpu_cases() -> Iterator[Case]:

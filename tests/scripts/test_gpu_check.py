@@ -40,7 +40,7 @@ def test_only_the_steps_asked_for_are_taken(tmp_path: Path) -> None:
     taken = {path.name for path in (tmp_path / "results").glob("*.txt")} - {"tests.txt", "machine.txt"}
     assert taken == {"suite.txt", *(f"shift_conv_{shape}.txt" for shape in ("64x56", "128x28", "256x14", "512x7"))}
     assert "== tests" not in run.stdout
-    refused = check("scripts/gpu_check.sh /tmp/results tiels")
+    refused = check(f"scripts/gpu_check.sh {tmp_path}/others tiels")
     assert refused.returncode == 2
     assert "no step tiels" in refused.stderr
 

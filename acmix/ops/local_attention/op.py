@@ -92,7 +92,7 @@ def _kept(impl: str, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
 
 
 def _saved(impl: str, *kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Output and log-sum-exp as `_backward` takes them."""
+    """Output and log-sum-exp as `_backward` takes them, each only where the implementation needs it."""
     out = kept[0] if impl == "triton" else None
     return out, kept[-1] if _keeps_lse(impl) else None
 
@@ -201,8 +201,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, position_weight, kernel_size, stride, dilation, impl = inputs
     ctx.set_materialize_grads(False)  # or zeros are made for the second output
     ctx.mark_non_differentiable(output[1])
-    saved = (output[0] if impl == "triton" else None, output[1] if _keeps_lse(impl) else None)
-    ctx.save_for_backward(*keepable(q, k, v), position_weight, *saved)
+    ctx.save_for_backward(*keepable(q, k, v), position_weight, *_saved(impl, *output))
     ctx.options = (kernel_size, stride, dilation, impl)
 
 

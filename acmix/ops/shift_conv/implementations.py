@@ -1,8 +1,8 @@
 """The implementations of the convolution path: what each can run, and where it is the fastest."""
 
 from acmix.ops import native
+from acmix.ops.gpu import gpu_refusal
 from acmix.ops.implementations import Implementation, Operation, Problem, compilation_declines
-from acmix.ops.shift_conv.triton.limits import triton_refusal
 
 # Folding takes 27N products for each output channel, the two steps 27 + 81: with many heads they are the cheaper. The
 # folded convolution in C++ runs so much nearer to what the processor can do that it wins up to 8 heads; measured.
@@ -52,7 +52,7 @@ def dense_declines(problem: Problem) -> str | None:
 
 SHIFT_CONV = Operation(
     "shift_conv",
-    Implementation("triton", "acmix.ops.shift_conv.triton.kernels", triton_refusal, triton_declines),
+    Implementation("triton", "acmix.ops.shift_conv.triton.kernels", gpu_refusal, triton_declines),
     Implementation("unfolded", declines=unfolded_declines),
     Implementation("cpp", "acmix.ops.shift_conv.cpp", cpp_refusal, compilation_declines),
     Implementation("dense", None, dense_refusal, dense_declines),

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from acmix.ops.gpu import power_of_two
 from acmix.ops.implementations import Window
 
 MIN_DOT = 16  # the smallest side of a product the tensor cores take
@@ -51,11 +52,6 @@ class Tile:
     warps: int
     stages: int
     """Depth of the software pipeline over the steps."""
-
-
-def power_of_two(value: int) -> int:
-    """The smallest power of two that is at least `value`."""
-    return 1 << max(value - 1, 0).bit_length()
 
 
 def padded_head_dim(head_dim: int) -> int:

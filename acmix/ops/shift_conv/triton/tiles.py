@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from acmix.ops.gpu import power_of_two
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -28,21 +30,17 @@ _PROGRAMS = 4096
 
 def map_tile(head_dim: int) -> Tile:
     """The tile of the kernel that writes maps: a thread holds 32 values of each of four sums, the best on an H200."""
-    channels = min(32, _power_of_two(head_dim))
+    channels = min(32, power_of_two(head_dim))
     tile = Tile(max(128, 1024 // channels), channels, max(1, channels // 8))
     return replace(tile, **_override[-1].get("maps", {})) if _override else tile
 
 
 def weight_tile(head_dim: int) -> Tile:
     """The tile of the kernel that sums the weight's gradient."""
-    channels = min(16, _power_of_two(head_dim))
+    channels = min(16, power_of_two(head_dim))
     few = head_dim > 16  # many blocks of channels make enough programs of fewer pixels each
     tile = Tile((256 if few else 512) // channels, channels, 2 if few else 4)
     return replace(tile, **_override[-1].get("weight", {})) if _override else tile
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
 
 
 _override: list[dict[str, dict[str, Any]]] = []
