@@ -17,7 +17,8 @@ from acmix.ops.implementations import Problem, Window, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.maps import autocast_dtype, without_autocast
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
-from acmix.ops.shift_conv.op import convolve_plain, empty_like_folded
+from acmix.ops.shift_conv.op import convolve_plain
+from acmix.ops.shift_conv.weight import empty_like_folded
 
 
 def local_mix(

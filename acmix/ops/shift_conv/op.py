@@ -1,4 +1,4 @@
-"""The convolution path of the ACmix block: public operation, checks, folding, registration with torch.library."""
+"""The convolution path of the ACmix block: public operation, checks, registration with torch.library."""
 
 from dataclasses import replace
 
@@ -20,6 +20,7 @@ from acmix.ops.maps import (
 )
 from acmix.ops.opaque import convolve
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
+from acmix.ops.shift_conv.weight import empty_like_folded, fold
 
 
 def shift_conv(
@@ -82,17 +83,6 @@ def shift_conv(
     return out if bias is None else out + bias.to(q.dtype)[:, None, None]
 
 
-def fold(fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
-    """Both steps of `shift_conv` as one grouped convolution: its weight (N*d, 3N, k, k), rows (head_dim, head).
-
-    It lies in memory as (3N, k, k, N*d): one product of two matrices makes it.
-    """
-    kernel = shift_weight.shape[-1]
-    with without_autocast(fc_weight):
-        folded = fc_weight.t() @ shift_weight.permute(1, 2, 3, 0).flatten(1)
-    return folded.unflatten(1, (kernel, kernel, -1)).permute(3, 0, 1, 2)
-
-
 def grouped_conv(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, impl: str = "auto"
 ) -> Tensor:
@@ -125,12 +115,6 @@ def grouped_conv(
     if choice in ("reference", "unfolded"):
         return convolve_plain(q, k, v, weight.to(q.dtype), stride, dilation)
     return _convolve(q, k, v, weight, window, choice)
-
-
-def empty_like_folded(weight: Tensor) -> Tensor:
-    """An uninitialised weight that lies in memory as `fold` gives it."""
-    outputs, *others = weight.shape
-    return weight.new_empty(*others, outputs).permute(3, 0, 1, 2)
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, maps: int, window: Window) -> Problem:
