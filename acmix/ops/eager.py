@@ -13,12 +13,13 @@ from acmix.ops.maps import without_autocast
 
 def is_eager(*tensors: Tensor) -> bool:
     """Whether nobody looks at the operations that are called: no compiler, no tracer, no dispatch mode, which counts
-    multiply-adds or makes fake tensors, and no subclass of a tensor."""
+    multiply-adds or makes fake tensors, and no subclass of a tensor; and whether the tensors lie in memory as they are,
+    which only the dispatcher sees to."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+        and all(type(tensor) in (Tensor, Parameter) and not _is_lazy(tensor) for tensor in tensors)
     )
 
 
@@ -54,6 +55,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         backward, derivative, plain = ctx.passes
         saved = ctx.saved_tensors
+        grad_out = grad_out.clone() if _is_lazy(grad_out) else grad_out
         with without_autocast(grad_out):  # a backward pass may be started under autocast
             if transformed():
                 grads = plain(grad_out, *saved[: ctx.inputs])
@@ -62,3 +64,9 @@ class _Eager(torch.autograd.Function):
             else:
                 grads = backward(grad_out, *saved)
         return None, None, None, None, *grads
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether the numbers in memory are not the tensor's: it is their negative, as the imaginary part of a conjugate
+    is, or zeros that take none."""
+    return tensor.is_neg() or tensor._is_zerotensor()
