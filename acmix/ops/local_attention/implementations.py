@@ -47,7 +47,7 @@ def cpp_macros(dtype: torch.dtype, head_dim: int, window: Window, out_width: int
     most = native.lanes(sys.maxsize, wide)
     divisor = min(most, head_dim & -head_dim)
     # vectors that the head width fills, unless they were short; else the rest of the last one is zeros
-    channels = divisor if 2 * divisor >= most else min(most, max(4, 1 << (head_dim - 1).bit_length()))
+    channels = divisor if divisor > 1 and 2 * divisor >= most else min(most, max(4, 1 << (head_dim - 1).bit_length()))
     return {"K": window.kernel_size, "LANES": native.lanes(out_width, wide), "CHANNELS": channels}
 
 
