@@ -263,7 +263,8 @@ class ACmixSAN(nn.Module):
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ACmixSAN:
-    return build_model_with_cfg(ACmixSAN, variant, pretrained, **kwargs)
+    feature_cfg = {"out_indices": tuple(range(1 + len(STAGES)))}  # timm's default ends one before the last
+    return build_model_with_cfg(ACmixSAN, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 _CFG = {
