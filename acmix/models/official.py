@@ -127,11 +127,15 @@ def _fit_bias_tables(module: nn.Module, plan: Mapping[str, list[tuple[str, tuple
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The names and tensors inside a checkpoint."""
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"not a state dict: a {type(checkpoint).__name__}, not names and tensors")
     for key in ("model", "state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
     if strangers := [str(name) for name, value in checkpoint.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"not a state dict: these entries are no tensors: {', '.join(strangers)}")
+    if strangers := [repr(name) for name in checkpoint if not isinstance(name, str)]:
+        raise ValueError(f"not a state dict: these names are no text: {', '.join(strangers)}")
     wrapped = bool(checkpoint) and all(name.startswith("module.") for name in checkpoint)
     return {name.removeprefix("module.") if wrapped else name: value for name, value in checkpoint.items()}
 
