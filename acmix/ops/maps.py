@@ -17,6 +17,14 @@ def check_maps(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def check_contents(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v have one floating-point dtype and at least one pixel."""
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not are_dynamic(q.shape[2:]) and min(q.shape[2:]) < 1:
+        raise ValueError(f"a map of {q.shape[2]}×{q.shape[3]} pixels is empty: at least one pixel is needed")
+
+
 def are_uneven(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k and v, maps of one size, have different numbers of channels.
 

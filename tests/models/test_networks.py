@@ -120,10 +120,20 @@ def test_the_classifier_can_be_replaced_and_removed(name, kwargs):
 
 
 @SMALL
+def test_an_empty_batch_gives_no_logits_and_gradients_of_zero(name, kwargs):
+    model = build(name, kwargs)
+    logits = model(images()[:0])
+    assert logits.shape == (0, model.num_classes)
+    logits.sum().backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+@SMALL
 def test_features_only_gives_the_maps_that_feature_info_describes(name, kwargs):
     model = build(name, kwargs, features_only=True).eval()
     maps = model(images())
     assert len(maps) == len(model.feature_info.channels())
+    assert model.feature_info.channels()[-1] == build(name, kwargs).num_features
     for map_, channels, reduction in zip(
         maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
     ):

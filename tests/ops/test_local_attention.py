@@ -204,6 +204,7 @@ def test_cpp_is_right_with_shorter_vectors(
     native.library.cache_clear()
     for stride, layout in ((1, "channels_last"), (2, "contiguous")):
         assert_parity(Case(2, 24, 13, 11, kernel_size=7, stride=stride, layout=layout), "cpp")
+    assert_parity(Case(2, 3, 4, 5, kernel_size=3, dtype=torch.float64), "cpp")
     native.library.cache_clear()
 
 
@@ -352,6 +353,7 @@ BAD_CALLS = {
         {"position_weight": torch.zeros(4, 3)},
         r"position_weight must have shape \(head_dim, 2\), got \(4, 3\)",
     ),
+    "no width": ({"position_weight": torch.zeros(0, 2)}, r"must have shape \(head_dim, 2\), got \(0, 2\)"),
     "heads": ({"position_weight": torch.zeros(3, 2)}, r"8 channels do not divide into heads of width 3"),
     "even": ({"kernel_size": 4}, r"kernel_size 4 has no centre pixel: choose an odd size, such as 5"),
     "empty": ({name: torch.zeros(1, 8, 0, 9) for name in ("q", "k", "v")}, r"a map of 0×9 pixels is empty"),

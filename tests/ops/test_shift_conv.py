@@ -201,6 +201,21 @@ def test_autocast_casts_the_maps_and_gives_float32_gradients(impl: str) -> None:
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference", *FAST])
+def test_an_empty_batch_gives_an_empty_map_and_gradients_of_zero(impl: str) -> None:
+    out, *grads = (case := Case(heads=2, head_dim=4, height=7, width=6, stride=2, batch=0)).run(case.inputs(), impl)
+    assert out.shape == (0, 8, 4, 3)
+    assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", *FAST])
+def test_the_gradients_of_a_single_bf16_pixel_are_right_at_any_stride(impl: str) -> None:
+    for _ in range(5):  # oneDNN leaves memory unwritten, which need not show
+        junk = [torch.full((size,), 3e37) for size in (576, 5000, 20000)]
+        del junk
+        assert_parity(Case(heads=9, head_dim=8, height=1, width=1, stride=2, dtype=torch.bfloat16), impl)
+
+
 BAD_CALLS = {
     "one shape": ({"k": torch.zeros(1, 8, 9, 10)}, r"q, k and v must be maps of one shape"),
     "even": (
@@ -216,6 +231,8 @@ BAD_CALLS = {
     "fc bias": ({"fc_bias": torch.zeros(8)}, r"fc_bias must be \(k²,\) = \(9,\), got \(8,\)"),
     "bias": ({"bias": torch.zeros(9)}, r"bias must be \(channels,\) = \(8,\), got \(9,\)"),
     "stride": ({"stride": 0}, r"stride 0 and dilation 1"),
+    "one dtype": ({"v": torch.zeros(1, 8, 9, 9).double()}, r"one floating-point dtype.*torch\.float64"),
+    "empty": ({name: torch.zeros(1, 8, 5, 0) for name in ("q", "k", "v")}, r"a map of 5×0 pixels is empty"),
     "impl": (
         {"impl": "fast"},
         r"unknown impl 'fast': choose auto or one of triton, unfolded, cpp, dense, folded, reference",

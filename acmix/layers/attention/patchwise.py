@@ -110,7 +110,7 @@ class PatchwiseAttention(AttentionPath):
         if norm.training or norm.running_mean is None or norm.running_var is None:
             of_q, of_k = patch_moments(q.to(wide), 1), patch_moments(k.to(wide), self.kernel_size)
             mean, variance = (torch.cat(both) for both in zip(of_q, of_k, strict=True))
-            if norm.training and norm.track_running_stats:
+            if norm.training and norm.track_running_stats and q.shape[0]:
                 self._track(mean, variance, q.shape[0] * q.shape[2] * q.shape[3])
         else:
             mean, variance = norm.running_mean.to(wide), norm.running_var.to(wide)
@@ -145,7 +145,9 @@ def patch_moments(maps: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     Each place sees the map shifted and reflected: how often it sees a pixel is a matrix for the rows and one for the
     columns. So the moments follow from the map's own sum over the batch, and the patches are never made.
     """
-    batch, _, height, width = maps.shape
+    batch, channels, height, width = maps.shape
+    if batch == 0:  # and no numbers to take a mean of
+        return maps.new_zeros(channels * kernel_size**2), maps.new_ones(channels * kernel_size**2)
     centre = maps.detach().mean((0, 2, 3))  # it cancels, and with it the rounding of large means
     maps = maps - centre[:, None, None]
     rows, columns = (_visits(size, kernel_size, maps) for size in (height, width))

@@ -8,9 +8,9 @@ from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_s
 from acmix.ops.implementations import ALIASES, Problem, Window, announcing, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 from acmix.ops.maps import (
-    are_dynamic,
     autocast_dtype,
     cast_maps,
+    check_contents,
     check_maps,
     empty_like_layout,
     keepable,
@@ -99,18 +99,15 @@ def _saved(impl: str, *kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor) -> None:
     check_maps(q, k, v)
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if position_weight.dim() != 2 or position_weight.shape[1] != 2:
+    check_contents(q, k, v)
+    if position_weight.dim() != 2 or position_weight.shape[1] != 2 or position_weight.shape[0] < 1:
         raise ValueError(f"position_weight must have shape (head_dim, 2), got {tuple(position_weight.shape)}")
     head_dim = position_weight.shape[0]
-    if q.shape[1] % head_dim:
+    if q.shape[1] % head_dim or not q.shape[1]:
         raise ValueError(
             f"{q.shape[1]} channels do not divide into heads of width {head_dim} (the rows of position_weight): "
             f"choose channels = heads * {head_dim}"
         )
-    if not are_dynamic(q.shape[2:]) and min(q.shape[2:]) < 1:
-        raise ValueError(f"a map of {q.shape[2]}×{q.shape[3]} pixels is empty: attention needs at least one pixel")
 
 
 @torch.library.custom_op("acmix::local_attention", mutates_args=())

@@ -1,6 +1,7 @@
 """Work tap by tap on some images at a time, so that what is made for one tap stays in the cache."""
 
 from collections.abc import Iterator
+from math import prod
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ PART_BYTES = 1_000_000  # of one map in flight on a CPU; measured
 def parts(maps: Tensor) -> Iterator[slice]:
     """Slices of the batch for maps like these; all at once off the CPU."""
     images = maps.shape[0]
-    step = images if maps.device.type != "cpu" else PART_BYTES // max(1, 4 * maps[0].numel())
+    step = images if maps.device.type != "cpu" else PART_BYTES // max(1, 4 * prod(maps.shape[1:]))
     for start in range(0, images, max(1, step)):
         yield slice(start, start + max(1, step))
 

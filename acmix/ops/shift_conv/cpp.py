@@ -85,7 +85,7 @@ def _problem(q: Tensor, weight: Tensor, window: Window) -> tuple[Array[c_int64],
     blocks = -(-dim // _lanes(q.dtype))
     wanted = -(-_TASKS // blocks)
     rows = -(-height // window.stride)
-    bands = max(1, min(-(-wanted // batch), rows // _BAND_ROWS))
+    bands = max(1, min(-(-wanted // max(1, batch)), rows // _BAND_ROWS))
     parts = min(batch * bands, wanted)
     sizes = (batch, heads, dim, height, width, window.kernel_size, window.stride, window.dilation, bands, parts)
     return native.sizes(*sizes), blocks * parts

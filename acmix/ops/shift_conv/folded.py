@@ -5,7 +5,7 @@ reordered copy is made for a few images at a time, so that it stays in the cache
 """
 
 from collections.abc import Iterator
-from math import gcd
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def split_weight(merged: Tensor, heads: int, merge: int) -> Tensor:
 
 
 def _chunks(q: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK_BYTES // (3 * q[0].numel() * q.itemsize))
+    step = max(1, CHUNK_BYTES // (3 * prod(q.shape[1:]) * q.itemsize))
     for start in range(0, q.shape[0], step):
         yield slice(start, start + step)
 

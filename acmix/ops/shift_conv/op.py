@@ -10,9 +10,11 @@ from acmix.ops import eager, reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
 from acmix.ops.implementations import ALIASES, Problem, Window, announcing, transformed
 from acmix.ops.maps import (
+    are_dynamic,
     are_uneven,
     autocast_dtype,
     cast_maps,
+    check_contents,
     empty_like_layout,
     is_channels_last,
     keepable,
@@ -69,14 +71,14 @@ def shift_conv(
                 q, k, v, fc_weight, shift_weight,
                 fc_bias=fc_bias, bias=bias, stride=stride, dilation=dilation, impl=impl,
             )  # fmt: skip
-    window = Window(shift_weight.shape[-1], stride, dilation)
+    window = _window(shift_weight.shape[-1], stride, dilation, q)
     _check(q, k, v, fc_weight, shift_weight, fc_bias, bias)
     choice = SHIFT_CONV.resolve(impl, _problem(q, k, v, fc_weight.shape[1], window))
     if choice in ("reference", "unfolded"):
         fc_weight, shift_weight = fc_weight.to(q.dtype), shift_weight.to(q.dtype)
         fc_bias, bias = (None if b is None else b.to(q.dtype) for b in (fc_bias, bias))
         two_steps = reference.shift_conv if choice == "reference" else _unfolded
-        return two_steps(q, k, v, fc_weight, shift_weight, fc_bias, bias, stride, dilation)
+        return two_steps(q, k, v, fc_weight, shift_weight, fc_bias, bias, window.stride, dilation)
     out = _convolve(q, k, v, fold(fc_weight, shift_weight), window, choice)
     if fc_bias is not None:
         out = out + _bias_map(fc_bias, shift_weight, q, window).to(q.dtype)
@@ -104,17 +106,29 @@ def grouped_conv(
         q, k, v = cast_maps(dtype, q, k, v)
         with without_autocast(q):
             return grouped_conv(q, k, v, weight, stride=stride, dilation=dilation, impl=impl)
-    window = Window(weight.shape[-1], stride, dilation)
+    window = _window(weight.shape[-1], stride, dilation, q)
     if are_uneven(q, k, v):
         _check_uneven(q, k, v, weight.shape[1], weight.shape[0])
     elif weight.shape[0] != q.shape[1] or weight.shape[1] % 3 or q.shape[1] % max(1, weight.shape[1] // 3):
         raise ValueError(
             f"weight must be (channels, 3 * heads, k, k), got {tuple(weight.shape)} for {q.shape[1]} channels"
         )
+    check_contents(q, k, v)
     choice = SHIFT_CONV.resolve(impl, _problem(q, k, v, weight.shape[1], window))
     if choice in ("reference", "unfolded"):
-        return convolve_plain(q, k, v, weight.to(q.dtype), stride, dilation)
+        return convolve_plain(q, k, v, weight.to(q.dtype), window.stride, dilation)
     return _convolve(q, k, v, weight, window, choice)
+
+
+def _window(kernel_size: int, stride: int, dilation: int, maps: Tensor) -> Window:
+    """The window of a convolution of maps like these.
+
+    On a single pixel every stride gives the same. There the weight's gradient of a strided convolution in bf16 is
+    memory that oneDNN never wrote (PyTorch 2.14): it is computed with stride 1.
+    """
+    window = Window(kernel_size, stride, dilation)
+    is_affected = maps.dtype == torch.bfloat16 and maps.device.type == "cpu" and not are_dynamic(maps.shape[2:])
+    return replace(window, stride=1) if is_affected and maps.shape[2:].numel() == 1 else window
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, maps: int, window: Window) -> Problem:
@@ -213,7 +227,12 @@ def _convolve_dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, window: Win
 
 
 def _bias_map(fc_bias: Tensor, shift_weight: Tensor, like: Tensor, window: Window) -> Tensor:
-    """What the fully connected layer's bias adds to each position: (N*d, Ho, Wo), from the taps that lie in the map."""
+    """What the fully connected layer's bias adds to each position: (N*d, Ho, Wo), from the taps that lie in the map.
+
+    In float64 where the device has it: the bias's gradient is a sum over all channels and positions that may cancel.
+    """
+    if like.device.type != "mps":
+        fc_bias, shift_weight = fc_bias.double(), shift_weight.double()
     taps = torch.einsum("oiyx,i->oyx", shift_weight, fc_bias)
     rows, columns = (_inside(size, taps, window) for size in like.shape[-2:])
     return rows.T @ (taps @ columns)
@@ -236,6 +255,7 @@ def _check(
     bias: Tensor | None,
 ) -> None:
     uneven, kernel = are_uneven(q, k, v), shift_weight.shape[-1]
+    check_contents(q, k, v)
     channels = shift_weight.shape[0] if uneven else q.shape[1]
     taps = kernel * kernel
     if tuple(shift_weight.shape) != (channels, taps, kernel, kernel):
