@@ -84,14 +84,11 @@ struct Pairs {
     Ahead *ahead;
 };
 
-// Adds to sums[tap][n] the products of the gradients of OUTS heads with the inputs of STEPS taps.
+// Adds to sums[tap][n] the products of the gradients of OUTS heads with the inputs of STEPS taps: their own sum, which
+// stays small, so that little is lost to rounding.
 template <int OUTS, int STEPS>
 __attribute__((noinline)) void correlate(const Pairs &pairs, int64_t head, const int64_t *offset, T *sums) {
-    Vec sum[STEPS][OUTS];
-#pragma GCC unroll 8
-    for (int t = 0; t < STEPS; t++)
-#pragma GCC unroll 4
-        for (int n = 0; n < OUTS; n++) sum[t][n] = load(sums + (t * OUTS + n) * LANES);
+    Vec sum[STEPS][OUTS] = {};
     for (size_t row = 0; row < pairs.grads.size(); row++) {
         const T *grads = pairs.grads[row] + head * pairs.head_pitch, *inputs = pairs.inputs[row];
         Ahead::Stream ahead = *pairs.ahead->stream();
@@ -114,7 +111,10 @@ __attribute__((noinline)) void correlate(const Pairs &pairs, int64_t head, const
 #pragma GCC unroll 8
     for (int t = 0; t < STEPS; t++)
 #pragma GCC unroll 4
-        for (int n = 0; n < OUTS; n++) store(sums + (t * OUTS + n) * LANES, sum[t][n]);
+        for (int n = 0; n < OUTS; n++) {
+            T *to = sums + (t * OUTS + n) * LANES;
+            store(to, load(to) + sum[t][n]);
+        }
 }
 
 using Convolve = void (*)(const Taps &, int64_t, T *, int64_t, int64_t);
