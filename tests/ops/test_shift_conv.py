@@ -208,6 +208,15 @@ def test_an_empty_batch_gives_an_empty_map_and_gradients_of_zero(impl: str) -> N
     assert all((grad == 0).all() for grad in grads)
 
 
+def test_the_gradient_of_the_bias_is_exact_where_its_sum_cancels() -> None:
+    """It is a sum over all channels and positions, of maps here whose mean is not zero."""
+    case = Case(heads=4, head_dim=32, height=14, width=14, batch=8)
+    inputs = [t + 1 for t in case.inputs()]
+    exact = case.run([t.double() for t in inputs], "reference")[6]
+    ours, plain = (relative_error(case.run(inputs, impl)[6], exact) for impl in ("auto", "reference"))
+    assert ours <= plain
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference", *FAST])
 def test_the_gradients_of_a_single_bf16_pixel_are_right_at_any_stride(impl: str) -> None:
     for _ in range(5):  # oneDNN leaves memory unwritten, which need not show
