@@ -71,16 +71,15 @@ def predict(predictor: Predictor, files: Sequence[Path], top: int) -> Iterator[P
     """The prediction for each file in order, or why it cannot be read."""
     transform = predictor.preprocessing.transform()
     for start in range(0, len(files), BATCH):
-        read: dict[Path, Tensor | BadImage] = {}
+        read: list[tuple[Path, Tensor | BadImage]] = []
         for path in files[start : start + BATCH]:
             try:
-                read[path] = read_image(path, transform)
+                read.append((path, read_image(path, transform)))
             except BadImage as error:
-                read[path] = error
-        images = [image for image in read.values() if isinstance(image, Tensor)]
+                read.append((path, error))
+        images = [image for _, image in read if isinstance(image, Tensor)]
         rows = iter(predictor.run(torch.stack(images)).softmax(1) if images else ())
-        for path in files[start : start + BATCH]:
-            image = read[path]
+        for path, image in read:
             if isinstance(image, BadImage):
                 yield path, image
             else:

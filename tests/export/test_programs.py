@@ -132,6 +132,20 @@ def test_a_bad_image_is_named_and_the_others_are_done_and_drawn(
         assert height > 500
 
 
+def test_a_picture_named_twice_gets_its_own_prediction_each_time(
+    call: Call, run_dir: Path, pictures: Path, tmp_path: Path
+):
+    file, one, other = tmp_path / "found.json", pictures / "a.png", pictures / "b.jpg"
+    (pictures / "bad.png").write_bytes(b"no image")
+    given = (one, other, one, pictures / "bad.png", pictures / "bad.png", pictures)
+    outcome = call("predict.py", "--checkpoint", run_dir, *given, "--json", file)
+    assert (outcome.status, outcome.err.count("bad.png: not an image")) == (2, 3)
+    rows = json.loads(file.read_text())
+    assert [Path(row["path"]).name for row in rows] == ["a.png", "b.jpg", "a.png", "a.png", "b.jpg", "c.png"]
+    assert rows[2] == rows[3] == rows[0] != {**rows[1], "path": str(one)}
+    assert rows[4] == rows[1]
+
+
 def test_an_exported_program_loads_without_our_package(call: Call, run_dir: Path, tmp_path: Path):
     out = tmp_path / "net.pt2"
     result = call("export.py", "--checkpoint", run_dir, "--format", "pt2", "--out", out, "--weights", "raw").result
