@@ -7,15 +7,15 @@ from typing import Any
 
 from acmix.config import Config
 from acmix.data.datasets import Statistics, statistics_of
-from acmix.data.transforms import Transform, build_val_transform
+from acmix.data.transforms import Transform, build_val_transform, kept_share
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """What validation does to an image: resize until the crop fits, crop the centre, normalise.
 
-    size: (height, width) of the input; mean, std: of the channels in 0..1, three, or one for grey; interpolation,
-    crop_pct: as in the `data` section of a config.
+    size: (height, width) of the input; mean, std: of the channels in 0..1, three, or one for grey; interpolation: as in
+    the `data` section of a config; crop_pct: the share of the resized image that the crop keeps, 1 for small inputs.
     """
 
     size: tuple[int, int]
@@ -28,7 +28,7 @@ class Preprocessing:
     def of(cls, config: Config) -> "Preprocessing":
         """That of a run."""
         data, statistics = config.data, statistics_of(config.data, config.model.in_chans)
-        return cls(data.size, statistics.mean, statistics.std, data.interpolation, data.crop_pct)
+        return cls(data.size, statistics.mean, statistics.std, data.interpolation, kept_share(config))
 
     def transform(self) -> Transform:
         """RGB image of any size → (C, H, W) float32, normalised."""

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from PIL import Image
+from timm.data import create_transform
+
+from acmix.config import Config
+from acmix.data.datasets import statistics_of
+from acmix.data.transforms import build_val_transform
+from acmix.export.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -95,6 +103,7 @@ def test_an_onnx_file_and_its_run_say_the_same_of_images(call: Call, run_dir: Pa
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
     assert json.loads(metadata["size"]) == [32, 32]
     assert json.loads(metadata["mean"]) == [0.309] * 3
+    assert json.loads(metadata["crop_pct"]) == 1.0  # validation crops nothing from images as small as these
 
     found = {}
     for checkpoint in (run_dir, out):
@@ -108,6 +117,18 @@ def test_an_onnx_file_and_its_run_say_the_same_of_images(call: Call, run_dir: Pa
         assert got == pytest.approx(want, abs=1e-5)
     assert [Path(row["path"]).name for row in found[out]] == ["a.png", "b.jpg", "c.png"]
     assert call("predict.py", "--checkpoint", out, pictures, "--draw", tmp_path / "drawn").status == 2
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_whoever_prepares_an_image_by_the_metadata_gets_what_validation_gives(size: int):
+    text = CONFIG.format(name="acmix_resnet26", kwargs=RESNET, size=size)
+    config = Config.model_validate(yaml.safe_load(text))
+    metadata = Preprocessing.of(config).metadata()
+    keys = ("mean", "std", "interpolation", "crop_pct")
+    theirs = create_transform((3, *json.loads(metadata["size"])), **{key: json.loads(metadata[key]) for key in keys})
+    ours = build_val_transform(config, statistics_of(config.data, 3))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 150, 3), dtype=np.uint8))
+    torch.testing.assert_close(theirs(image), ours(image), rtol=1e-5, atol=1e-6)
 
 
 def test_a_bad_image_is_named_and_the_others_are_done_and_drawn(
