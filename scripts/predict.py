@@ -92,6 +92,11 @@ def open_predictor(options: argparse.Namespace) -> "tuple[Predictor, Trained | N
         if options.draw is not None:
             raise UserError("--draw: an ONNX file does not show its paths; give the run or checkpoint it was made of")
         return onnx_predictor(Path(expand_path(options.checkpoint, "--checkpoint"))), None
+    if options.checkpoint.endswith(".pt2"):
+        raise UserError(
+            f"--checkpoint {options.checkpoint}: predict.py does not run .pt2 files; give the run or checkpoint it was "
+            "made of, or an ONNX file made of that (export.py --format onnx)"
+        )
     from acmix.export.load import load_trained
 
     trained = load_trained(options.checkpoint, options.config, options.weights, options.overrides)

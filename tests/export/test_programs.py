@@ -176,6 +176,17 @@ def test_an_exported_program_loads_without_our_package(call: Call, run_dir: Path
     assert done.stdout.strip() == "torch.Size([5, 10])", done.stderr
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_predict_refuses_an_exported_program_in_one_message_that_leads_on(
+    call: Call, run_dir: Path, pictures: Path, tmp_path: Path, inside: bool
+):
+    file = (run_dir if inside else tmp_path) / "net.pt2"
+    outcome = call("predict.py", "--checkpoint", file, pictures)
+    assert outcome.status == 2
+    assert f"--checkpoint {file}: predict.py does not run .pt2 files; give the run or checkpoint" in outcome.err
+    assert "--config" not in outcome.err
+
+
 def test_a_file_that_computes_something_else_is_not_left(call: Call, run_dir: Path, tmp_path: Path, monkeypatch):
     from acmix.export import check, write
 
