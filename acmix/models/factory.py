@@ -45,8 +45,9 @@ def create_model(
     """
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(nearest)}?" if nearest else "timm.list_models() in Python lists all names"
-        raise UserError(f"model.name: there is no model {name!r}; {hint}")
+        hint = f"did you mean {', '.join(nearest)}?" if nearest else "timm.list_models() in Python lists all names."
+        own = "A model of your own is known once its file is imported: docs/EXTENDING.md"
+        raise UserError(f"model.name: there is no model {name!r}; {hint} {own}")
     for key, way_out in _REFUSED.items():
         if key in kwargs:
             raise UserError(f"model.kwargs.{key} is not allowed: {way_out}")

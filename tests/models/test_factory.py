@@ -29,6 +29,7 @@ def test_timms_own_networks_are_built_too():
         ("acmix_resnet25", {}, r"no model 'acmix_resnet25'; did you mean acmix_resnet"),
         ("swin_tiny_patch4_window7_244", {}, "did you mean swin_tiny_patch4_window7_224"),
         ("hf-hub:someone/network", {}, "no model 'hf-hub:someone/network'"),
+        ("my_network", {}, "lists all names. A model of your own is known once its file is imported"),
         ("local-dir:/tmp", {}, "no model 'local-dir:/tmp'"),
         ("acmix_resnet26", {"base_with": 8}, r"model\.kwargs\.base_with: .*did you mean base_width"),
         ("acmix_swin_tiny", {"kernel_att": 7}, r"model\.kwargs\.kernel_att: .*did you mean kernel_conv"),
