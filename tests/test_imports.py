@@ -67,7 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "acmix.studies",
         "acmix.telemetry",
     ),
-    "acmix.integrations": ("acmix.layers", "acmix.ops"),
+    "acmix.integrations": ("acmix.layers",),
     "acmix.compat": ("acmix.layers",),
     "acmix.testing": ("acmix.layers", "acmix.ops"),
     "acmix.launch": ("acmix.process",),
