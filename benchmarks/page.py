@@ -74,7 +74,7 @@ def _section(data: dict[str, Any], targets: Sequence[Target]) -> str:
         newest = max(rows.values(), key=lambda row: row["date"])
         versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
         took = sum(row.get("took_seconds", 0.0) for row in rows.values()) / 60
-        lines.append(f"{versions}. Measuring these rows took {took:.0f} minutes.")
+        lines.append(f"{versions}." + (f" Measuring these rows took {took:.0f} minutes." if took >= 1 else ""))
     for name, roof in data["roofs"].items():
         lines.append(
             f"Roof, {name}: {roof['gflops_per_second']:,.0f} GFLOP/s, {roof['gigabytes_per_second']:,.1f} GB/s."

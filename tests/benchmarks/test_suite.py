@@ -121,6 +121,17 @@ def test_a_row_has_a_column_for_each_number_of_threads(tmp_path: Path) -> None:
     assert "| on two | ≥ 1.5 |  | 2.00, n=1 |" in page
 
 
+def test_the_page_says_how_long_measuring_took_from_a_minute_on(tmp_path: Path) -> None:
+    target = Target("both", "on one and two", "cpu", 1.5, True, counts)
+    suite, results = Suite(CPU, None), Results(tmp_path, Place.of(CPU), [target])
+    for seconds, told in ((20.0, False), (300.0, True)):
+        row = measure_rows(suite, lambda row: None, [target], threads=[1])[0]
+        results.put({**row, "took_seconds": seconds}, suite)
+        write_page(tmp_path, [target])
+        page = (tmp_path / "RESULTS.md").read_text()
+        assert ("Measuring these rows took 5 minutes." in page, "Measuring" in page) == (told, told)
+
+
 def test_the_page_has_a_table_for_each_machine(tmp_path: Path) -> None:
     places = [Place("cpu", "Xeon (family 6, model 143)", "AVX512", 2), Place("cpu", "EPYC", "AVX2", 4)]
     places.append(Place("cuda", "NVIDIA H100", "", 16))
