@@ -1,4 +1,4 @@
-"""Export: trace, fold, write, check against PyTorch, and say what folding saved."""
+"""Export: trace, fold, write, check against PyTorch, and say what the same is unfolded."""
 
 import json
 import sys
@@ -82,7 +82,7 @@ def export(
         print(f"note: the file takes {_sides(images)} only: {one_line(error)}", file=sys.stderr)
         any_size = False
         folded, difference = write(any_size)
-    step("measuring what folding saves")
+    step("measuring it unfolded")
     unfolded = trace(standard(model, images, fold=False, any_size=any_size), images[:2], any_size=any_size)
     with tempfile.TemporaryDirectory() as folder:
         plain = _write(unfolded, form, Path(folder, f"unfolded{out.suffix}"), metadata, any_size, check_guards=False)

@@ -169,7 +169,9 @@ def test_a_picture_named_twice_gets_its_own_prediction_each_time(
 
 def test_an_exported_program_loads_without_our_package(call: Call, run_dir: Path, tmp_path: Path):
     out = tmp_path / "net.pt2"
-    result = call("export.py", "--checkpoint", run_dir, "--format", "pt2", "--out", out, "--weights", "raw").result
+    outcome = call("export.py", "--checkpoint", run_dir, "--format", "pt2", "--out", out, "--weights", "raw")
+    result, before = outcome.result, outcome.result["unfolded"]
+    assert f"\nWithout folding: {before['nodes']} nodes, {before['megabytes']:.2f} MB, " in outcome.out
     assert result["nodes"] < result["unfolded"]["nodes"]
     program = f"import torch; print(torch.export.load({str(out)!r}).module()(torch.zeros(5, 3, 32, 32)).shape)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env={})
