@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,9 @@ from PIL import Image
 from acmix.data.folders import TextTable, from_where, is_image_name, is_text, other_formats, readable_name, some
 from acmix.data.images import MAX_FILE_BYTES, BadImage, decode_image
 from acmix.errors import UserError
+
+_AGAIN = "copy it again, or make it again"
+_PIECE = 1 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,8 @@ def index_tar(path: Path) -> list[Member]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _members(file: object, path: Path, inside: str, start: int) -> Iterator[Member]:
-    with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
+def _members(file: IO[bytes], path: Path, inside: str, start: int) -> Iterator[Member]:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
         for info in tar:
             where = f"{path}: member {inside}{info.name}"
             parts = PurePosixPath(info.name.replace("\\", "/")).parts
@@ -135,9 +139,25 @@ def _members(file: object, path: Path, inside: str, start: int) -> Iterator[Memb
             if not info.isfile() or info.issparse():
                 raise UserError(f"{where}: refused, it is not a plain file")
             if info.name.lower().endswith(".tar") and not inside:
-                yield from _members(tar.extractfile(info), path, f"{info.name}/", info.offset_data)
+                yield from _members(tar.extractfile(info), path, f"{info.name}/", info.offset_data)  # type: ignore[arg-type]
             else:
                 yield Member(_nested_name(inside, info.name), start + info.offset_data, info.size)
+        archive = f"{path}: member {inside.removesuffix('/')}" if inside else str(path)
+        _check_end(file, tar.offset, archive, start)
+
+
+def _check_end(file: IO[bytes], end: int, archive: str, start: int) -> None:
+    """Refuse an archive that goes on after its last member, or lacks the zeros that end it.
+
+    tarfile takes a header that is damaged or cut off for the end. Raises UserError.
+    """
+    file.seek(end)
+    blocks = file.read(tarfile.BLOCKSIZE)
+    if len(blocks) < tarfile.BLOCKSIZE or any(blocks):
+        raise UserError(f"{archive}: damaged or cut off at byte {start + end}; {_AGAIN}")
+    while blocks := file.read(_PIECE):
+        if blocks.count(0) < len(blocks):
+            raise UserError(f"{archive}: more follows its end at byte {start + end}: damaged, or tars joined; {_AGAIN}")
 
 
 def _nested_name(inside: str, name: str) -> str:

@@ -154,6 +154,44 @@ def test_damaged_and_missing_tars_are_named(tmp_path: Path) -> None:
         tar_source(tmp_path, "train")
 
 
+def damaged(kind: str, data: bytes, second: tarfile.TarInfo) -> bytes:
+    """The bytes of a tar whose second member or end is not as written."""
+    header = second.offset
+    if kind == "one byte of a header":
+        return data[: header + 5] + b"\xff" + data[header + 6 :]
+    if kind == "a header of zeros":
+        return data[:header] + bytes(512) + data[header + 512 :]
+    if kind == "two tars joined":
+        return data + data
+    length = {"between members": header, "inside a header": header + 100, "no end": second.offset_data + 512}[kind]
+    return data[:length]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *["one byte of a header", "a header of zeros", "two tars joined"],
+        *["between members", "inside a header", "no end"],
+    ],
+)
+def test_a_damaged_header_or_a_missing_end_loses_no_member_silently(kind: str, nested: bool, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train.tar", {f"cat/{number}.png": png(number) for number in range(2)})
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[1]
+    data = path.read_bytes()
+    path.write_bytes(damaged(kind, data, second))
+    place = {"two tars joined": 2048, "no end": 2048}.get(kind, second.offset)
+    if nested:
+        write_tar(path, {"cat.tar": path.read_bytes()})
+        place += 512
+    where = f"{path}: member cat.tar" if nested else str(path)
+    with pytest.raises(UserError, match=rf"^{where}: .*at byte {place}"):
+        index_tar(path)
+    path.write_bytes(data[: second.offset_data + 512] + bytes(512))
+    assert len(index_tar(path)) == 2, "one block of zeros is an end"
+
+
 def test_classes_of_a_tar_sort_as_text_and_hidden_folders_are_no_classes(tmp_path: Path) -> None:
     files = {f"{number}/1.png": png(number) for number in (1, 2, 10, 100)}
     write_tar(tmp_path / "train.tar", {**files, "1/._1.png": b"mac"})
