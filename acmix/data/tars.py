@@ -21,6 +21,7 @@ from acmix.data.images import MAX_FILE_BYTES, BadImage, decode_image
 from acmix.errors import UserError
 
 _AGAIN = "copy it again, or make it again"
+_IMAGES_FIRST = ("jpg", "jpeg", "png", "webp")  # of the images of a sample of a shard
 _PIECE = 1 << 20  # bytes read at a time
 
 
@@ -89,19 +90,16 @@ def tar_source(root: Path, split: str) -> TarSource:
 def shard_source(root: Path, split: str) -> TarSource:
     """WebDataset shards `ROOT/SPLIT*.tar` or `ROOT/SPLIT/*.tar`: each KEY.jpg with its class in KEY.cls.
 
-    Raises UserError naming what is missing, a damaged shard, a member that is refused, an image without class.
+    Of a sample's images, the one whose name has a single suffix is taken, KEY.jpg before KEY.jpeg, KEY.png, KEY.webp
+    and others; KEY.depth.png is another picture of it. Raises UserError naming what is missing, a damaged shard, a
+    member that is refused or occurs twice, an image without class, a sample that has only such other pictures.
     """
     tars = _find_tars(root, split)
     members: list[tuple[int, Member]] = []
     labels: list[str] = []
     for number, tar in enumerate(tars):
-        samples: dict[str, dict[str, Member]] = {}
-        for member in index_tar(tar):
-            folder, _, name = member.name.rpartition("/")
-            key, _, extension = name.partition(".")  # WebDataset's rule: the key ends at the first dot
-            samples.setdefault(f"{folder}/{key}", {})[extension.lower()] = member
-        for key, files in samples.items():
-            image = next((file for extension, file in files.items() if is_image_name("x." + extension)), None)
+        for key, files in _samples(tar).items():
+            image = _shard_image(tar, key, files)
             if image is not None:
                 members.append((number, image))
                 labels.append(_shard_label(tar, key, files))
@@ -187,6 +185,31 @@ def _folder_of(tar: Path, member: Member) -> str:
     if not is_text(name):
         raise UserError(f"{tar}: member {readable_name(member.name)}: the folder's name is not UTF-8; rename it")
     return name
+
+
+def _samples(tar: Path) -> dict[str, dict[str, Member]]:
+    """The files of each sample of a shard, by key and then by extension in lower case."""
+    samples: dict[str, dict[str, Member]] = {}
+    for member in index_tar(tar):
+        folder, _, name = member.name.rpartition("/")
+        key, _, extension = name.partition(".")  # WebDataset's rule: the key ends at the first dot
+        files = samples.setdefault(f"{folder}/{key}", {})
+        if extension.lower() in files:
+            raise UserError(f"{tar}: member {member.name}: occurs twice; give each sample a key of its own")
+        files[extension.lower()] = member
+    return samples
+
+
+def _shard_image(tar: Path, key: str, files: dict[str, Member]) -> Member | None:
+    images = [extension for extension in files if is_image_name("x." + extension)]
+    single = [extension for extension in images if "." not in extension]
+    if images and not single:
+        found = some([files[extension].name for extension in images])
+        raise UserError(
+            f"{tar}: sample {key.lstrip('/')}: no KEY.jpg, but {found}; name its image with a single suffix"
+        )
+    rank = {extension: place for place, extension in enumerate(_IMAGES_FIRST)}
+    return files[min(single, key=lambda extension: (rank.get(extension, len(rank)), extension))] if single else None
 
 
 def _shard_label(tar: Path, key: str, files: dict[str, Member]) -> str:

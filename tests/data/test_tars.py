@@ -85,6 +85,27 @@ def test_shards_without_a_class_are_refused_naming_the_sample(tmp_path: Path) ->
         shard_source(tmp_path, "train")
 
 
+def test_of_the_images_of_a_sample_the_one_with_a_single_suffix_is_taken_jpg_first(tmp_path: Path) -> None:
+    first = {"a.depth.png": png(1), "a.cls": b"0", "a.png": png(2), "a.seg.png": png(3)}
+    second = {"b.webp": png(4), "b.PNG": png(5), "b.JPG": png(6), "b.cls": b"0"}
+    path = write_tar(tmp_path / "train.tar", first | second)
+    assert values(shard_source(tmp_path, "train")) == [(2, 0), (6, 0)]
+    write_tar(path, first | {"c.depth.png": png(7), "c.cls": b"0"})
+    with pytest.raises(UserError, match=rf"^{path}: sample c: no KEY.jpg, but c.depth.png; name its image"):
+        shard_source(tmp_path, "train")
+
+
+def test_a_key_that_occurs_twice_in_a_shard_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("a.png", png(1)), ("a.cls", b"0"), ("b.png", png(2)), ("b.cls", b"1"), ("a.png", png(3))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(UserError, match=rf"^{path}: member a.png: occurs twice"):
+        shard_source(tmp_path, "train")
+
+
 def hostile_tar(path: Path, name: str, kind: bytes, target: str = "") -> Path:
     with tarfile.open(path, "w") as tar:
         good = tarfile.TarInfo("cat/1.png")
