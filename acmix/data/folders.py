@@ -68,12 +68,16 @@ class FileSource:
         return f"{os.path.join(self._split, self._files[index])} (class {self.classes[self.targets[index]]})"
 
     def fingerprint(self) -> str:
-        """What tells these images from all others: names, sizes and times of change."""
-        digest = hashlib.blake2b(digest_size=16)
+        """What tells these images from all others: the folder, names, sizes and times of change.
+
+        Files out of an archive may share name, size and modification time with other ones; the folder and the time that
+        the file system keeps itself do not.
+        """
+        digest = hashlib.blake2b(os.fsencode(os.path.realpath(self._split)), digest_size=16)
         for place in range(len(self)):
             with suppress(OSError):  # an image that cannot be read is reported when it is
                 status = os.stat(os.path.join(self._split, self._files[place]))
-                digest.update(struct.pack("<3q", place, status.st_size, status.st_mtime_ns))
+                digest.update(struct.pack("<4q", place, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         digest.update(self._files.content())
         digest.update(self.targets.tobytes())
         return digest.hexdigest()

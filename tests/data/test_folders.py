@@ -1,9 +1,11 @@
 """Image folders: what is read, and which folders are refused by name."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from acmix.config import Config
 from acmix.data.datasets import build_source
@@ -56,6 +58,18 @@ def test_empty_class_folders_are_refused_by_name(tmp_path: Path, make_folder: Ma
         FolderSource(split)
     with pytest.raises(UserError, match="no class folders"):
         FolderSource(split / "eel")
+
+
+def test_images_of_equal_names_sizes_and_times_in_another_place_are_told_apart(tmp_path: Path) -> None:
+    found = set()
+    for place, value in (("a", 10), ("b", 200), ("a", 200)):
+        path = tmp_path / place / "x" / "1.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (value, value, value)).save(path)
+        os.utime(path, (0, 0))  # as files out of a reproducible archive have it
+        found.add(FolderSource(tmp_path / place).fingerprint())
+        assert FolderSource(tmp_path / place).fingerprint() in found
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("place", [".ipynb_checkpoints", "cat/.ipynb_checkpoints"])
