@@ -43,7 +43,8 @@ def make_shards(arguments: Sequence[str] | None) -> int:
             raise UserError(f"{name}: must be from 1 to {most}, got {value}")
     prove_writable("OUT", given.out, folder=True)
     options = Options(given.short_side, given.quality, given.format, given.shards, given.on_error)
-    manifest = prepare(open_splits(given.root, given.overrides), given.out, options, given.workers, _progress)
+    sources = open_splits(given.root, given.overrides, given.out)
+    manifest = prepare(sources, given.out, options, given.workers, _progress)
     for split in manifest.splits.values():
         for text in split.skipped:
             print(f"skipped {split.name}: {readable_name(text)}")
@@ -69,8 +70,11 @@ def _arguments() -> Arguments:
     return parser
 
 
-def open_splits(root: Path, overrides: Sequence[str]) -> dict[str, Source]:
-    """The splits at ROOT, train and val where there are both, with the same classes. Raises UserError."""
+def open_splits(root: Path, overrides: Sequence[str], out: Path | None = None) -> dict[str, Source]:
+    """The splits at ROOT, train and val where there are both, with the same classes.
+
+    Raises UserError, also for an OUT inside one of them, where it would be taken for a class.
+    """
     config = data_config(str(root), overrides)
     data, names = config.data, {"train": config.data.train_split, "val": config.data.val_split}
     if root.is_file():
@@ -79,6 +83,9 @@ def open_splits(root: Path, overrides: Sequence[str]) -> dict[str, Source]:
         told = {override.partition("=")[0] for override in overrides}
         given = (names[role] if f"data.{role}_split" in told else None for role in ("train", "val"))
         names = {role: str(folder.relative_to(root)) for role, folder in find_splits(root, *given).items()}
+    for folder in (root / name for name in names.values()):
+        if out is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"OUT {out}: lies among the images of {folder}; choose a folder outside")
     if len(names) == 2:
         keys = {"train_split": names["train"], "val_split": names["val"]}
         train, val, _ = build_sources(config.model_copy(update={"data": data.model_copy(update=keys)}))

@@ -37,7 +37,7 @@ _FEWEST_SHARDS = 8  # for readers that give each process whole shards
 _CHUNK = 16
 _QUALITY = 90
 _LARGEST_KEY = 10**9
-_STATE = ".prepare"
+_STATE, _PLAN = ".prepare", "plan.json"
 
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
 
@@ -90,8 +90,7 @@ def prepare(
     """
     plan = _plan(sources, options)
     classes = tuple(next(iter(sources.values())).classes)
-    with _claimed(out, plan) as state:
-        manifest = _finished(out, plan)
+    with _claimed(out, plan) as (state, manifest):
         if manifest is None:
             writers = [_Writer(out, state, name, sources[name], options, workers, progress) for name in sources]
             splits = {writer.name: writer.write() for writer in writers}
@@ -202,48 +201,43 @@ def _plan(sources: Mapping[str, Source], options: Options) -> dict[str, Any]:
 
 
 @contextmanager
-def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """Hold the folder for this call alone; yields where the state of unfinished work is kept."""
+def _claimed(out: Path, plan: dict[str, Any]) -> Iterator[tuple[Path, Manifest | None]]:
+    """Hold the folder for this call alone; yields where the state of unfinished work is kept, and what is finished."""
     state = out / _STATE
     try:
+        _found(out, plan)  # what is refused is left as it was
         state.mkdir(parents=True, exist_ok=True)
         with open(state / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{out}: another process is making shards there; wait for it") from None
-            _check_plan(out, state / "plan.json", plan)
-            yield state
+            manifest = _found(out, plan)
+            if manifest is None:
+                write_atomically(state / _PLAN, json.dumps(plan))
+            yield state, manifest
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
 
 
-def _check_plan(out: Path, path: Path, plan: dict[str, Any]) -> None:
+def _found(out: Path, plan: dict[str, Any]) -> Manifest | None:
+    """The manifest of an earlier call with the same plan. Raises UserError for a folder that holds something else."""
+    path, unfinished = out / MANIFEST, out / _STATE / _PLAN
     if path.exists():
+        manifest = Manifest.from_json(path.read_bytes(), str(path))
+        if manifest is None or manifest.made_with != plan:
+            raise UserError(f"{out}: holds shards of other images or options; empty it, or choose another folder")
+        return manifest
+    if unfinished.exists():
         try:
-            before = json.loads(path.read_bytes())
+            before = json.loads(unfinished.read_bytes())
         except ValueError:
             before = None
         if before != plan:
             raise UserError(f"{out}: holds unfinished shards of other images or options; empty it, or choose another")
-        return
-    if (out / MANIFEST).exists():
-        return
-    strangers = sorted(entry.name for entry in os.scandir(out) if entry.name != _STATE)
-    if strangers:
+    elif strangers := sorted(set(os.listdir(out)) - {_STATE}) if out.exists() else []:
         raise UserError(f"{out}: not empty, it holds {strangers[0]}; choose an empty folder for the shards")
-    write_atomically(path, json.dumps(plan))
-
-
-def _finished(out: Path, plan: dict[str, Any]) -> Manifest | None:
-    """The manifest of an earlier call with the same plan. Raises UserError for a set of another plan."""
-    path = out / MANIFEST
-    if not path.exists():
-        return None
-    manifest = Manifest.from_json(path.read_bytes(), str(path))
-    if manifest is None or manifest.made_with != plan:
-        raise UserError(f"{out}: holds shards of other images or options; empty it, or choose another folder")
-    return manifest
+    return None
 
 
 _source: Source | None = None

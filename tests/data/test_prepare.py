@@ -136,6 +136,7 @@ def test_a_call_that_was_stopped_goes_on_with_the_shards_that_are_missing(photos
     assert len(totals) == 2, "a finished set is left alone"
     with pytest.raises(UserError, match="holds shards of other images or options"):
         prepare(sources(photos), out, Options(shards=5))
+    assert contents(out) == contents(tmp_path / "whole"), "left as it was"
 
 
 KILLED = """
@@ -182,6 +183,7 @@ def test_a_folder_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"not empty, it holds notes.txt"):
         prepare(sources(photos), tmp_path / "out", Options())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"], "left as it was"
 
     def again(items: Iterator[Any], total: int, name: str) -> Iterator[Any]:
         prepare(sources(photos), tmp_path / "busy", Options())

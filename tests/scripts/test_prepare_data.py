@@ -83,6 +83,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert "cannot write there" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["", "shards", "train", "train/shards", "val/a/shards"])
+def test_an_output_among_the_images_is_refused_and_leaves_nothing_there(
+    place: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "in"
+    for split in ("train", "val") if place.startswith(("train", "val")) else (".",):
+        write_images(root / split / "a", 1)
+    before = sorted(root.rglob("*"))
+    assert main([str(root), str(root / place)]) == 2
+    assert "lies among the images of" in capfd.readouterr().err
+    assert sorted(root.rglob("*")) == before
+
+
 def test_a_bad_image_ends_with_status_2_or_is_listed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path / "in" / "a", 3)
     (tmp_path / "in" / "a" / "1.jpg").write_bytes(b"no image")
