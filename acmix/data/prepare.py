@@ -17,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,8 @@ from acmix.checkpoint.atomic import remove_folder, replacing, write_atomically
 from acmix.data.datasets import Source, as_files
 from acmix.data.images import BadImage, decode_image, open_image
 from acmix.data.orphans import die_with_parent
-from acmix.data.shards import FORMAT, MANIFEST, ROW, Manifest, ShardFile, Split, sha256_of
+from acmix.data.shards import FORMAT, MANIFEST, ROW, Manifest, ShardFile, Split
+from acmix.data.tars import index_tar, read_at
 from acmix.errors import UserError
 
 IMAGES_PER_SHARD = 4096
@@ -82,6 +84,8 @@ def prepare(
 ) -> Manifest:
     """Write the shards of each split, and at last the manifest; go on where a killed call left off.
 
+    Of a finished set, the files that are damaged or gone are made again.
+
     sources: splits by name; all have the same classes in the same order
     progress: may wrap the stream of images, given their number and the split, as tqdm does
 
@@ -91,9 +95,12 @@ def prepare(
     plan = _plan(sources, options)
     classes = tuple(next(iter(sources.values())).classes)
     with _claimed(out, plan) as (state, manifest):
-        if manifest is None:
-            writers = [_Writer(out, state, name, sources[name], options, workers, progress) for name in sources]
-            splits = {writer.name: writer.write() for writer in writers}
+        before = {} if manifest is None else manifest.splits
+        if manifest is None or not all(f.is_whole(out) for s in before.values() for f in (*s.shards, s.index)):
+            splits = {}
+            for name, source in sources.items():
+                writer = _Writer(out, state, name, source, options, workers, progress)
+                splits[name] = writer.write(before.get(name))
             manifest = Manifest(classes, options.suffix, splits, plan)
             write_atomically(out / MANIFEST, manifest.to_json())
         remove_folder(state)
@@ -112,9 +119,10 @@ class _Writer:
         count = options.shards or max(_FEWEST_SHARDS, -(-len(source) // IMAGES_PER_SHARD))
         self.parts = np.array_split(_order(name, len(source)), min(count, len(source)))
 
-    def write(self) -> Split:
-        """The finished split."""
-        done = {shard: state for shard in range(len(self.parts)) if (state := self._state_of(shard)) is not None}
+    def write(self, before: Split | None) -> Split:
+        """The finished split; `before` is what an earlier call made of it."""
+        done = {} if before is None else self._whole_shards(before)
+        done |= {shard: state for shard in range(len(self.parts)) if (state := self._state_of(shard)) is not None}
         missing = [shard for shard in range(len(self.parts)) if shard not in done]
         numbers = [int(number) for shard in missing for number in self.parts[shard]]
         stored = _stored(self.source, numbers, self.options, self.workers)
@@ -138,6 +146,16 @@ class _Writer:
         except (OSError, ValueError):
             return None
 
+    def _whole_shards(self, before: Split) -> dict[int, dict[str, Any]]:
+        """The states of the shards of a finished split that are as they were written."""
+        done = {}
+        skipped = iter(before.skipped)
+        for shard, (file, length, part) in enumerate(zip(before.shards, before.lengths, self.parts, strict=True)):
+            left_out = list(islice(skipped, len(part) - length))
+            if file.is_whole(self.out):
+                done[shard] = {"file": asdict(file), "rows": _rows_of(self.out / file.name), "skipped": left_out}
+        return done
+
     def _write_shard(self, shard: int, images: Iterator[_Image]) -> dict[str, Any]:
         rows, skipped = [], []
         path = self.out / self._shard_name(shard)
@@ -155,8 +173,7 @@ class _Writer:
                     way_out = "repair or remove it (scripts/check_data.py lists all), or skip it with --on-error skip"
                     raise UserError(f"unreadable image: {image.error}; {way_out}")
             file.write(bytes(2 * tarfile.BLOCKSIZE))
-        file_state = asdict(ShardFile(path.name, path.stat().st_size, sha256_of(path)))
-        state = {"file": file_state, "rows": rows, "skipped": skipped}
+        state = {"file": asdict(ShardFile.of(path)), "rows": rows, "skipped": skipped}
         write_atomically(self.state / f"{path.name}.json", json.dumps(state))
         return state
 
@@ -167,10 +184,11 @@ class _Writer:
         path = self.out / f"{self.name}-index.npy"
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.save(file, np.array(rows, dtype=ROW), allow_pickle=False)
-        index = ShardFile(path.name, path.stat().st_size, sha256_of(path))
         lengths = tuple(len(state["rows"]) for state in states)
         skipped = tuple(text for state in states for text in state["skipped"])
-        return Split(self.name, tuple(ShardFile(**state["file"]) for state in states), lengths, index, skipped)
+        return Split(
+            self.name, tuple(ShardFile(**state["file"]) for state in states), lengths, ShardFile.of(path), skipped
+        )
 
 
 def _order(name: str, count: int) -> np.ndarray:
@@ -188,6 +206,16 @@ def _add_member(file: io.BufferedWriter, name: str, data: bytes) -> int:
     offset = file.tell()
     file.write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
     return offset
+
+
+def _rows_of(path: Path) -> list[list[int]]:
+    """The rows of a shard's images in the index, but for the number of the shard."""
+    rows = []
+    members = iter(index_tar(path))
+    for image, label in zip(members, members, strict=True):  # as `_write_shard` writes them
+        data, target = (read_at(str(path), member.offset, member.size) for member in (image, label))
+        rows.append([int(Path(image.name).stem), image.offset, image.size, int(target), zlib.crc32(data)])
+    return rows
 
 
 def _plan(sources: Mapping[str, Source], options: Options) -> dict[str, Any]:
@@ -224,7 +252,10 @@ def _found(out: Path, plan: dict[str, Any]) -> Manifest | None:
     """The manifest of an earlier call with the same plan. Raises UserError for a folder that holds something else."""
     path, unfinished = out / MANIFEST, out / _STATE / _PLAN
     if path.exists():
-        manifest = Manifest.from_json(path.read_bytes(), str(path))
+        try:
+            manifest = Manifest.from_json(path.read_bytes(), str(path))
+        except UserError as error:
+            raise UserError(f"{error}; to make them again here, empty {out} first") from None
         if manifest is None or manifest.made_with != plan:
             raise UserError(f"{out}: holds shards of other images or options; empty it, or choose another folder")
         return manifest

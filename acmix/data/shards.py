@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +40,18 @@ class ShardFile:
     name: str
     bytes: int
     sha256: str
+
+    @staticmethod
+    def of(path: Path) -> "ShardFile":
+        """A file as it is now. Raises OSError."""
+        return ShardFile(path.name, path.stat().st_size, sha256_of(path))
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether the file is in that folder, every byte as it was written."""
+        path = folder / self.name
+        with suppress(OSError):
+            return path.stat().st_size == self.bytes and sha256_of(path) == self.sha256
+        return False
 
 
 @dataclass(frozen=True)

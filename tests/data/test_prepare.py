@@ -139,6 +139,37 @@ def test_a_call_that_was_stopped_goes_on_with_the_shards_that_are_missing(photos
     assert contents(out) == contents(tmp_path / "whole"), "left as it was"
 
 
+@pytest.mark.parametrize("names", [["train-000001.tar"], ["train-index.npy"], ["train-000002.tar", "val-index.npy"]])
+def test_files_that_are_damaged_or_gone_are_made_again_and_no_others(
+    names: list[str], photos: Path, tmp_path: Path
+) -> None:
+    options, out = Options(shards=3, on_error="skip"), tmp_path / "out"
+    bad = [path for path in sorted((photos / "train").rglob("*.*")) if path.suffix == ".jpg"][:6]
+    for path in bad:
+        path.write_bytes(b"no image")
+    manifest = prepare(sources(photos), out, options)
+    assert len(manifest.splits["train"].skipped) == 6
+    expected = contents(out)
+    for number, name in enumerate(names):
+        if number:
+            (out / name).unlink()
+        else:
+            (out / name).write_bytes(expected[name][:-1] + b"x")
+    made = []
+
+    def note(items: Iterator[Any], total: int, name: str) -> Iterator[Any]:
+        made.append((name, total))
+        return items
+
+    assert prepare(sources(photos), out, options, progress=note) == manifest
+    assert contents(out) == expected
+    assert made == [("train", 4 if names[0].endswith(".tar") else 0), ("val", 0)]
+    text = (out / MANIFEST).read_text()
+    (out / MANIFEST).write_text(text[:-20])
+    with pytest.raises(UserError, match=rf"damaged .*; to make them again here, empty {out} first"):
+        prepare(sources(photos), out, options)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
