@@ -141,6 +141,8 @@ class _Writer:
         """What an earlier call noted of a shard that it finished."""
         try:
             state: dict[str, Any] = json.loads((self.state / f"{self._shard_name(shard)}.json").read_bytes())
+            if state["skipped"] and self.options.on_error == "stop":
+                return None
             path = self.out / self._shard_name(shard)
             return state if os.stat(path).st_size == state["file"]["bytes"] else None
         except (OSError, ValueError):
@@ -263,8 +265,8 @@ def _found(out: Path, plan: dict[str, Any]) -> Manifest | None:
         try:
             before = json.loads(unfinished.read_bytes())
         except ValueError:
-            before = None
-        if before != plan:
+            before = {}
+        if {**before, "on_error": plan["on_error"]} != plan:  # a call that stopped at an image may go on without it
             raise UserError(f"{out}: holds unfinished shards of other images or options; empty it, or choose another")
     elif strangers := sorted(set(os.listdir(out)) - {_STATE}) if out.exists() else []:
         raise UserError(f"{out}: not empty, it holds {strangers[0]}; choose an empty folder for the shards")

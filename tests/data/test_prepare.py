@@ -207,6 +207,18 @@ def test_a_bad_image_stops_or_is_listed_and_left_out(photos: Path, tmp_path: Pat
     assert len(manifest.splits["train"]) == len(opened(tmp_path / "skip")) == 12
     [text] = manifest.splits["train"].skipped
     assert text.startswith(f"{bad} (class dog): ")
+    prepare(sources(photos), tmp_path / "stop", Options(on_error="skip"))
+    prepare(sources(photos), tmp_path / "whole", Options(on_error="skip"))
+    assert contents(tmp_path / "stop") == contents(tmp_path / "whole"), "a call that stopped goes on without the image"
+
+
+def test_an_image_that_an_unfinished_call_left_out_stops_one_that_must_not(photos: Path, tmp_path: Path) -> None:
+    bad = FolderSource(photos / "val").describe(0).split(" ")[0]
+    Path(bad).write_bytes(b"no image")
+    with pytest.raises(Stopped):
+        prepare({"val": FolderSource(photos / "val")}, tmp_path / "out", Options(on_error="skip"), 1, stopping_after(3))
+    with pytest.raises(UserError, match=bad):
+        prepare({"val": FolderSource(photos / "val")}, tmp_path / "out", Options())
 
 
 def test_a_folder_in_use_is_refused(photos: Path, tmp_path: Path) -> None:
