@@ -37,6 +37,7 @@ IMAGES_PER_SHARD = 4096
 
 _FEWEST_SHARDS = 8  # for readers that give each process whole shards
 _CHUNK = 16
+_LONGEST_SIDE = {"jpeg": 65500, "webp": 16383}  # of what libjpeg and libwebp write
 _QUALITY = 90
 _LARGEST_KEY = 10**9
 _STATE, _PLAN = ".prepare", "plan.json"
@@ -173,7 +174,7 @@ class _Writer:
                     skipped.append(image.error)
                 else:
                     way_out = "repair or remove it (scripts/check_data.py lists all), or skip it with --on-error skip"
-                    raise UserError(f"unreadable image: {image.error}; {way_out}")
+                    raise UserError(f"cannot store {image.error}; {way_out}")
             file.write(bytes(2 * tarfile.BLOCKSIZE))
         state = {"file": asdict(ShardFile.of(path)), "rows": rows, "skipped": skipped}
         write_atomically(self.state / f"{path.name}.json", json.dumps(state))
@@ -334,8 +335,16 @@ def _encoded(source: Source, number: int, options: Options) -> tuple[bytes, int]
         fits = options.short_side is None or min(image.size) <= options.short_side
         if fits and options.quality is None and options.format == "jpeg" and _is_plain_jpeg(plain):
             return data, target
+    stored = _shrunk(image, options.short_side)
+    if max(stored.size) > (most := _LONGEST_SIDE[options.format]):
+        size = f"{stored.width} × {stored.height} pixels"
+        others = [f"--format {name}" for name, side in _LONGEST_SIDE.items() if max(stored.size) <= side]
+        ways = " or ".join(["a smaller --short-side", *others])
+        raise BadImage(
+            "bomb", f"{size} are more than {options.format} can store, {most} a side; crop it, or use {ways}"
+        )
     buffer = io.BytesIO()
-    _shrunk(image, options.short_side).save(buffer, options.format, quality=options.quality or _QUALITY)
+    stored.save(buffer, options.format, quality=options.quality or _QUALITY)
     return buffer.getvalue(), target
 
 

@@ -201,7 +201,7 @@ def test_a_call_that_was_killed_goes_on_and_its_processes_end_with_it(photos: Pa
 def test_a_bad_image_stops_or_is_listed_and_left_out(photos: Path, tmp_path: Path) -> None:
     bad = sorted((photos / "train" / "dog").iterdir())[2]
     bad.write_bytes(bad.read_bytes()[:-200])
-    with pytest.raises(UserError, match=rf"unreadable image: {bad} \(class dog\): .*--on-error skip"):
+    with pytest.raises(UserError, match=rf"cannot store {bad} \(class dog\): .*--on-error skip"):
         prepare(sources(photos), tmp_path / "stop", Options())
     manifest = prepare(sources(photos), tmp_path / "skip", Options(shards=2, on_error="skip"), workers=2)
     assert len(manifest.splits["train"]) == len(opened(tmp_path / "skip")) == 12
@@ -210,6 +210,19 @@ def test_a_bad_image_stops_or_is_listed_and_left_out(photos: Path, tmp_path: Pat
     prepare(sources(photos), tmp_path / "stop", Options(on_error="skip"))
     prepare(sources(photos), tmp_path / "whole", Options(on_error="skip"))
     assert contents(tmp_path / "stop") == contents(tmp_path / "whole"), "a call that stopped goes on without the image"
+
+
+@pytest.mark.parametrize(("format", "side"), [("jpeg", 65501), ("webp", 16384)])
+def test_an_image_too_large_for_its_format_is_named_or_left_out(format: Any, side: int, tmp_path: Path) -> None:
+    (tmp_path / "val" / "x").mkdir(parents=True)
+    for name, width in (("good", 30), ("wide", side)):
+        Image.new("L", (width, 3)).save(tmp_path / "val" / "x" / f"{name}.png")
+    source = {"val": FolderSource(tmp_path / "val")}
+    with pytest.raises(UserError, match=rf"val/x/wide.png \(class x\): {side} × 3 pixels are more than {format} can"):
+        prepare(source, tmp_path / "out", Options(format=format))
+    manifest = prepare(source, tmp_path / "out", Options(format=format, on_error="skip"), workers=2)
+    assert [len(manifest.splits["val"]), len(manifest.splits["val"].skipped)] == [1, 1]
+    prepare(source, tmp_path / "smaller", Options(format=format, short_side=2))
 
 
 def test_an_image_that_an_unfinished_call_left_out_stops_one_that_must_not(photos: Path, tmp_path: Path) -> None:
