@@ -161,6 +161,15 @@ class _RandomResizedCrop(RandomResizedCropAndInterpolation):
         super().__init__(size, scale, ratio, interpolation)
         self._filter = interpolation
 
+    @staticmethod
+    def get_params(
+        img: torch.Tensor | Image.Image, scale: tuple[float, float], ratio: tuple[float, float]
+    ) -> tuple[int, int, int, int]:
+        """Top, left, height and width by timm's draws; of a few pixels it may round a side down to nothing."""
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(img, scale, ratio)
+        high, wide = (img.height, img.width) if isinstance(img, Image.Image) else img.shape[-2:]
+        return min(top, high - 1), min(left, wide - 1), max(1, height), max(1, width)
+
     def __call__(self, image: Image.Image | Picture) -> Image.Image | np.ndarray:
         if not isinstance(image, Picture):
             return super().__call__(image)

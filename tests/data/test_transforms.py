@@ -1,5 +1,6 @@
 """Transforms say what the config says."""
 
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from acmix.config import Config
 from acmix.data.datasets import Statistics, statistics_of
+from acmix.data.pictures import Picture
 from acmix.data.seeding import preserved_generators, seed_generators
 from acmix.data.transforms import build_mixup, build_train_transform, build_val_transform
 from acmix.errors import UserError
@@ -21,7 +23,7 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def samples(config: Config, image: Image.Image, count: int = 24) -> list[torch.Tensor]:
+def samples(config: Config, image: Image.Image | Picture, count: int = 24) -> list[torch.Tensor]:
     transform = build_train_transform(config, PLAIN)
     with preserved_generators():
         seed_generators(0)
@@ -35,6 +37,18 @@ def test_every_crop_gives_the_configured_size(crop: str, size: tuple[int, int], 
     for image in samples(config, noise(*size), 4):
         assert (image.shape, image.dtype) == ((3, 16, 16), torch.float32)
         assert torch.isfinite(image).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 8), (3, 2)])
+def test_a_random_crop_of_a_few_pixels_holds_one_at_least(
+    size: tuple[int, int], kind: str, make_config: MakeConfig
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", size, "white").save(file, kind)
+    config = make_config(augment__crop="random_resized")
+    for image in (Image.open(file).convert("RGB"), Picture(file.getvalue(), "draft")):
+        assert all(torch.equal(sample, torch.ones(3, 16, 16)) for sample in samples(config, image, 200))
 
 
 def test_without_augmentation_training_sees_the_plain_image(make_config: MakeConfig) -> None:
