@@ -27,7 +27,7 @@ from PIL import Image
 from acmix.checkpoint.atomic import remove_folder, replacing, write_atomically
 from acmix.data.datasets import Source, as_files
 from acmix.data.images import BadImage, decode_image, open_image
-from acmix.data.orphans import die_with_parent
+from acmix.data.orphans import die_with_parent, outlives_helpers
 from acmix.data.shards import FORMAT, MANIFEST, ROW, Manifest, ShardFile, Split
 from acmix.data.tars import index_tar, read_at
 from acmix.errors import UserError
@@ -283,9 +283,10 @@ def _hold(source: Source, options: Options) -> None:
     _source, _options = source, options
 
 
-def _start_process(source: Source, options: Options) -> None:
+def _start_process(source: Source, options: Options, bound: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, the main process tells
-    die_with_parent()
+    if bound:
+        die_with_parent()
     _hold(source, options)
 
 
@@ -298,7 +299,8 @@ def _stored(source: Source, numbers: Sequence[int], options: Options, workers: i
         return
     chunks = iter([numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK)])
     ahead: deque[Future[list[_Image]]] = deque()
-    pool = ProcessPoolExecutor(workers, initializer=_start_process, initargs=(source, options))
+    given = (source, options, outlives_helpers())
+    pool = ProcessPoolExecutor(workers, initializer=_start_process, initargs=given)
     try:
         for chunk in chunks:
             ahead.append(pool.submit(_store, chunk))

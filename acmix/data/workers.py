@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from acmix.config import Config
 from acmix.cores import cores_per_process
-from acmix.data.orphans import die_with_parent
+from acmix.data.orphans import die_with_parent, outlives_helpers
 from acmix.data.sampler import BatchPlan
 from acmix.data.shared import OPEN_FILES, Slots, Slotted, forks
 from acmix.errors import UserError
@@ -66,7 +67,6 @@ class WorkerPool:
                 persistent_workers=workers > 0,
                 prefetch_factor=config.data.prefetch_factor if workers else None,
                 pin_memory=pin,
-                worker_init_fn=_start_worker,
                 generator=torch.Generator(),  # else each pass would draw from the global one
             )
         self.close = weakref.finalize(self, _stop_workers, self._loader, self._slots)
@@ -77,6 +77,8 @@ class WorkerPool:
         slots = self._slots
         self._queue.plans = plans if slots is None else slots.assigned(plans)
         with worker_deaths_explained():
+            # the processes start here, in whichever thread this is
+            self._loader.worker_init_fn = partial(_start_worker, bound=outlives_helpers())
             with _job_signals_blocked(), _many_workers_allowed():
                 results = iter(self._loader)
             yield from results if slots is None else map(slots.taken, results)
@@ -129,11 +131,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(_: int, bound: bool) -> None:
     for number in _JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
-    die_with_parent()
+    if bound:  # else PyTorch looks every few seconds whether the parent is there
+        die_with_parent()
 
 
 @contextmanager

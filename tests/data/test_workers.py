@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +167,15 @@ time.sleep(600)
         assert len(pids) == 4
         parent.kill()
         wait_until_gone(pids)
+
+
+def test_workers_outlive_the_thread_that_started_them(data: Data) -> None:
+    updates = data.train.epoch(0)
+    starter = threading.Thread(target=next, args=(updates,))
+    starter.start()
+    starter.join()
+    time.sleep(0.2)
+    assert sum(1 for _ in updates) == data.train.updates_per_epoch - 1
 
 
 @pytest.mark.slow
