@@ -3,6 +3,9 @@
 import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -232,3 +235,24 @@ def test_class_names_that_cannot_be_written_are_named_by_the_check_and_by_traini
     assert found(report) == {(str(tmp_path / split / "d\udcffg"), "bad_name") for split in ("train", "val")}
     with pytest.raises(UserError, match=r"not UTF-8: .*/train/d\\xffg; rename"):
         build_data(make_config(data__dataset="folder", data__root=tmp_path))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from acmix.data.check import check_folder
+
+def progress(items, total):
+    next(items)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+check_folder(Path(sys.argv[1]), workers=2, progress=progress)
+"""
+
+
+def test_the_processes_of_a_check_that_was_killed_end_with_it(tmp_path: Path, make_folder: MakeFolder) -> None:
+    root = make_folder(tmp_path, train=150)
+    # its processes hold the pipe: the call returns when all have ended
+    command = [sys.executable, "-c", KILLED, str(root)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
