@@ -51,6 +51,7 @@ class WorkerPool:
     def __init__(self, dataset: Dataset, config: Config, workers: int, size: int | None = None) -> None:
         pin = on_gpu(config) if config.data.pin_memory is None else config.data.pin_memory
         self._queue = PlanQueue()
+        self._passes = 0
         self._slots: Slots | None = None
         if workers and not pin and forks():  # what is pinned is copied on arrival
             # all that may be under way, one more, and those of the updates before and at hand
@@ -73,15 +74,26 @@ class WorkerPool:
         """End the processes now. A pool that is closed is not used again."""
 
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[Any]:
-        """Results of the plans, in order. Raises UserError when a worker dies."""
+        """Results of the plans, in order; a new pass ends the one before.
+
+        Raises UserError when a worker dies, RuntimeError when a pass is asked for more after a newer one began.
+        """
         slots = self._slots
+        self._passes += 1
+        number = self._passes
         self._queue.plans = plans if slots is None else slots.assigned(plans)
         with worker_deaths_explained():
             # the processes start here, in whichever thread this is
             self._loader.worker_init_fn = partial(_start_worker, bound=outlives_helpers())
             with _job_signals_blocked(), _many_workers_allowed():
                 results = iter(self._loader)
-            yield from results if slots is None else map(slots.taken, results)
+            for result in results if slots is None else map(slots.taken, results):
+                yield result
+                if number != self._passes and self._loader.num_workers:  # both would be given the same results
+                    raise RuntimeError(
+                        "these batches ended when another pass over the same loader began: its processes serve one "
+                        "pass at a time; finish a pass before the next, or set data.num_workers=0"
+                    )
 
 
 @contextmanager

@@ -196,6 +196,17 @@ def test_workers_start_once_and_serve_every_epoch(data: Data) -> None:
     assert worker_pids(data) == pids
 
 
+def test_a_pass_that_goes_on_after_a_newer_one_began_is_an_error(data: Data) -> None:
+    older, newer = data.train.epoch(0), data.train.epoch(1)
+    next(older)
+    [batch] = next(newer)
+    with pytest.raises(RuntimeError, match="ended when another pass over the same loader began"):
+        next(older)
+    assert [batch.ids.tolist(), *(batch.ids.tolist() for [batch] in newer)] == [
+        plan.indices.tolist() for plan in data.train.order.plans(1, 0, 0)
+    ], "the newer one is not touched"
+
+
 def test_no_more_validation_workers_start_than_there_are_batches(make_config: MakeConfig) -> None:
     data = build_data(make_config(data__num_workers=8, data__val_batch_size=200))
     next(iter(data.val))
