@@ -54,9 +54,12 @@ class TimmSource:
             raise BadImage("unreadable", str(error)) from None
 
     def describe(self, index: int) -> str:
-        """The file name where timm knows it, else the number."""
+        """The file's name where timm or torchvision knows it, else the number."""
         reader = getattr(self._dataset, "reader", None)
-        return f"{self._name}: {reader.filename(index) if reader is not None else f'image {index}'}"
+        if reader is not None:
+            return f"{self._name}: {reader.filename(index)}"
+        samples = getattr(self._dataset, "samples", None)  # of torchvision's folders: path and class
+        return f"{self._name}: {f'image {index}' if samples is None else samples[index][0]}"
 
     def _checked(self, target: Any) -> int:
         if not 0 <= int(target) < len(self.classes):
@@ -85,8 +88,12 @@ def open_timm(data: DataConfig, split: str) -> TimmSource:
     if not hasattr(dataset, "__getitem__") or not len(dataset):
         raise UserError(f"dataset {data.dataset}, split {split}: no images that can be read in any order")
     if hasattr(dataset, "loader"):  # torchvision's folders: decode as everywhere else
-        dataset.loader = lambda path: decode_image(read_image_file(path))
+        dataset.loader = _load_file
     return TimmSource(f"{data.dataset}/{split}", dataset)
+
+
+def _load_file(path: str) -> Image.Image:
+    return decode_image(read_image_file(path))
 
 
 def _class_names(dataset: Any) -> list[str]:

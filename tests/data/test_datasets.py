@@ -62,6 +62,8 @@ def test_folders_work_under_all_their_names(tmp_path: Path, make_folder: MakeFol
         train, _, _ = build_sources(make_config(data__dataset=name, data__root=root))
         with pytest.raises(BadImage, match="not an image"):
             train.load(0)
+        assert str(root / "train" / "cat" / "000.png") in train.describe(0)
+        assert pickle.dumps(train), "so it is sent to loader processes that are not forked"
 
 
 def test_one_folder_may_serve_for_training_and_validation(
