@@ -207,9 +207,11 @@ def is_image(entry: os.DirEntry[str]) -> bool:
 def is_lost_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a link that leads nowhere and, by its name, was one to a folder.
 
-    One named like an image counts as an image that cannot be read, other names with a suffix as files.
+    One named like an image counts as an image that cannot be read, other names with a suffix of letters and digits as
+    files; v1.0 and St. Bernard have none.
     """
-    hidden_or_file = entry.name.startswith(".") or os.path.splitext(entry.name)[1]
+    suffix = os.path.splitext(entry.name)[1][1:]
+    hidden_or_file = entry.name.startswith(".") or (suffix[:1].isalpha() and suffix.isalnum())
     return entry.is_symlink() and not hidden_or_file and not os.path.exists(entry.path)
 
 

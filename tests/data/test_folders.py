@@ -137,7 +137,8 @@ def test_links_that_lead_nowhere_are_named(tmp_path: Path, make_folder: MakeFold
     split = make_folder(tmp_path) / "train"
     (split / "notes.txt").symlink_to("gone.txt")
     FolderSource(split)
-    for link, target in ((split / "eel", "/mnt/gone"), (split / "cat" / "more", "more")):
+    dotted = [(split / name, "/mnt/gone") for name in ("eel", "v1.0", "St. Bernard", "a.b_c")]
+    for link, target in (*dotted, (split / "cat" / "more", "more")):
         link.symlink_to(target)
         with pytest.raises(UserError, match=rf"{link} -> {target}.*mend or remove"):
             FolderSource(split)
