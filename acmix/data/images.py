@@ -33,6 +33,8 @@ _SIGNATURES = {
     **{b"II*\0": "TIFF", b"MM\0*": "TIFF"},
 }
 
+_GIF_IMAGE, _GIF_EXTENSION, _GIF_TRAILER = b",!;"
+
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # Pillow's logging of broken TIFFs would flood stderr
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -114,7 +116,7 @@ def _decode(data: bytes, scale: int) -> Image.Image:
             if scale > 1:
                 image.draft(None, (image.width // scale, image.height // scale))
             image.load()
-            if image.format == "PNG" and _ends_early(data):  # the pixels may be whole, but the file is not
+            if image.format in ("PNG", "GIF") and _ends_early(data):  # the pixels may be whole, but the file is not
                 raise BadImage("truncated", "the file ends before the end of the image")
             return _to_rgb(image)
         except Image.DecompressionBombError as error:
@@ -143,9 +145,38 @@ def _signature(data: bytes) -> str | None:
 def _ends_early(data: bytes) -> bool:
     """Whether the file is shorter than its header announces or lacks its end marker."""
     announced = {"WEBP": int.from_bytes(data[4:8], "little") + 8, "BMP": int.from_bytes(data[2:6], "little")}
-    trailers = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+    trailers = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
     name = _signature(data) or ""
+    if name == "GIF":
+        return not _is_whole_gif(data)
     return len(data) < announced.get(name, 0) or trailers.get(name, b"") not in data
+
+
+def _is_whole_gif(data: bytes) -> bool:
+    """Whether the blocks of a GIF lead to its trailer or, as some programs write none, from an image to the end.
+
+    To look for the trailer will not do: the byte may be anywhere in the blocks.
+    """
+    place, kind = 13 + _gif_colours(data, 10), 0
+    while place < len(data):
+        kind = data[place]
+        if kind == _GIF_TRAILER:
+            return True
+        if kind not in (_GIF_IMAGE, _GIF_EXTENSION):  # decoders pass over what is no block
+            place += 1
+            continue
+        # an image's place, size, colours and the width of its codes; or the label of an extension
+        place += 11 + _gif_colours(data, place + 9) if kind == _GIF_IMAGE else 2
+        while place < len(data) and data[place]:  # pieces, each after its length
+            place += 1 + data[place]
+        place += 1
+    return kind == _GIF_IMAGE and place == len(data)
+
+
+def _gif_colours(data: bytes, place: int) -> int:
+    """Bytes of the table of colours that the flags at that place announce."""
+    flags = data[place] if place < len(data) else 0
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def _damage(data: bytes, reason: str) -> BadImage:
