@@ -203,6 +203,7 @@ def test_unreadable_images_are_left_out_up_to_a_limit(train: Train, tmp_path: Pa
     outcome = train(*skip, "run.dir=other", "data.max_errors=0")
     assert outcome.status == 2
     assert "1 images of this epoch could not be read, more than data.max_errors (0)" in outcome.err
+    assert "the warnings above name them" in outcome.err
 
 
 def test_folder_that_holds_a_run_is_refused_and_left_alone(train: Train) -> None:

@@ -72,6 +72,12 @@ def is_verified(source: Source) -> bool:
     return getattr(_innermost(source), "verified", False)
 
 
+def to_repair(source: Source) -> str:
+    """What to do about an image that cannot be read, for messages; the folder check reads class folders alone."""
+    all_listed = " (scripts/check_data.py lists all)" if isinstance(_innermost(source), FolderSource) else ""
+    return f"repair or remove it{all_listed}"
+
+
 def _innermost(source: Source) -> Source:
     while isinstance(source, Renumbered):
         source = source.source

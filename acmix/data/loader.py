@@ -72,6 +72,7 @@ class TrainLoader:
         self.classes = source.classes
         self.class_counts = class_counts(source)
         """Training images of each class, (C,); None where the dataset does not tell."""
+        self._source = source
         self._rank = rank
         self._raises = config.data.on_error == "raise"
         self.images: Images = hold_resident(source, config, statistics) or WorkerImages(
@@ -100,7 +101,8 @@ class TrainLoader:
         update: list[Batch] = []
         for batch in self.images.batches(self.order.plans(epoch, self._rank, start_update)):
             if batch.errors and self._raises:
-                raise UserError(f"{unreadable(batch.errors[0])}, or train without it by data.on_error=skip")
+                message = unreadable(batch.errors[0], self._source)
+                raise UserError(f"{message}, or train without it by data.on_error=skip")
             update.append(batch)
             if len(update) == self.order.accumulate:
                 yield update
@@ -119,7 +121,7 @@ class ValLoader:
         self.classes = source.classes
         self.present = present_classes(source)
         """Indices of the classes that may have images here, ascending."""
-        self._length = len(source)
+        self._source = source
         self.batch_size = config.data.val_batch_size or config.data.batch_size
         self._plans = val_plans(len(source), self.batch_size, rank, world_size)
         self.images = WorkerImages(
@@ -130,7 +132,7 @@ class ValLoader:
 
     def __len__(self) -> int:
         """Images over all processes."""
-        return self._length
+        return len(self._source)
 
     @property
     def batches(self) -> int:
@@ -142,11 +144,11 @@ class ValLoader:
 
         They are read in this process; `rank` of `world_size` gets its share. Raises UserError as a whole pass does.
         """
-        places = np.linspace(0, self._length - 1, min(count, self._length)).round().astype(np.int64)
+        places = np.linspace(0, len(self._source) - 1, min(count, len(self._source))).round().astype(np.int64)
         for plan in val_plans(len(places), self.batch_size, rank, world_size):
             batch = self.images.read_here(replace(plan, indices=places[plan.indices]))
             if batch.errors:
-                raise UserError(f"{unreadable(batch.errors[0])}; validation counts every image")
+                raise UserError(f"{unreadable(batch.errors[0], self._source)}; validation counts every image")
             yield batch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -156,7 +158,7 @@ class ValLoader:
         kept = []
         for batch in self.images.batches(iter(self._plans)):
             if batch.errors:
-                raise UserError(f"{unreadable(batch.errors[0])}; validation counts every image")
+                raise UserError(f"{unreadable(batch.errors[0], self._source)}; validation counts every image")
             if self._keep:
                 kept.append(batch.copy())
             yield batch

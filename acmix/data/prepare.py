@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from acmix.checkpoint.atomic import remove_folder, replacing, write_atomically
-from acmix.data.datasets import Source, as_files
+from acmix.data.datasets import Source, as_files, to_repair
 from acmix.data.images import BadImage, decode_image, open_image
 from acmix.data.orphans import die_with_parent, outlives_helpers
 from acmix.data.shards import FORMAT, MANIFEST, ROW, Manifest, ShardFile, Split
@@ -173,7 +173,7 @@ class _Writer:
                 elif self.options.on_error == "skip":
                     skipped.append(image.error)
                 else:
-                    way_out = "repair or remove it (scripts/check_data.py lists all), or skip it with --on-error skip"
+                    way_out = f"{to_repair(self.source)}, or skip it with --on-error skip"
                     raise UserError(f"cannot store {image.error}; {way_out}")
             file.write(bytes(2 * tarfile.BLOCKSIZE))
         state = {"file": asdict(ShardFile.of(path)), "rows": rows, "skipped": skipped}

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from acmix.config import Config
 from acmix.data.batch import Batch, Erased, Normaliser, Pixels
-from acmix.data.datasets import Source
+from acmix.data.datasets import Source, to_repair
 from acmix.data.images import BadImage
 from acmix.data.pictures import Picture, choose_decoder, with_decoder
 from acmix.data.sampler import BatchPlan
@@ -117,6 +117,6 @@ def _joined(patches: dict[int, Patch]) -> Erased:
     return Erased(np.array(boxes, dtype=np.int64), np.concatenate([patch.noise.ravel() for patch in patches.values()]))
 
 
-def unreadable(error: str) -> str:
-    """The message for an image that cannot be read, without the way out."""
-    return f"unreadable image: {error}; repair or remove it (scripts/check_data.py lists all)"
+def unreadable(error: str, source: Source) -> str:
+    """The message for an image of a source that cannot be read."""
+    return f"unreadable image: {error}; {to_repair(source)}"

@@ -94,5 +94,5 @@ def hold_resident(source: Source, config: Config, statistics: Statistics) -> Res
         return None
     if decoded.problems and data.on_error == "raise":
         first = decoded.problems[min(decoded.problems)]
-        raise UserError(f"{unreadable(first)}, or train without it by data.on_error=skip")
+        raise UserError(f"{unreadable(first, source)}, or train without it by data.on_error=skip")
     return ResidentImages(decoded, augment, config, statistics)

@@ -28,5 +28,5 @@ def _check(count: int, limit: int) -> None:
     if count > limit:
         raise UserError(
             f"{count} images of this epoch could not be read, more than data.max_errors ({limit}); "
-            "scripts/check_data.py lists every one"
+            "the warnings above name them: repair or remove them, or raise data.max_errors"
         )

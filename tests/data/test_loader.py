@@ -2,6 +2,7 @@
 
 import os
 import random
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,19 @@ def test_an_unreadable_image_stops_training_by_default_naming_path_and_class(
     assert any(f"{path} (class {Path(path).parent.name}): " in message for path in bad)
     assert "Traceback" not in message
     assert "data.on_error=skip" in message
+    assert "scripts/check_data.py lists all" in message
+
+
+def test_the_folder_check_is_advised_only_where_it_can_read_the_images(
+    damaged: tuple[Path, set[str]], make_config: MakeConfig
+) -> None:
+    root, _ = damaged
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}.tar", "w") as tar:
+            tar.add(root / split, arcname=".")
+    for loader in ("workers", "resident"):
+        with pytest.raises(UserError, match=r"train.tar: .*; repair or remove it, or train without it"):
+            updates(make_config(data__dataset="tar", data__root=root, data__loader=loader, augment__crop="none"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
