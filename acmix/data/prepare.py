@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from acmix.checkpoint.atomic import remove_folder, replacing, write_atomically
-from acmix.data.datasets import Source, as_files, to_repair
-from acmix.data.images import BadImage, decode_image, open_image
+from acmix.data.datasets import Source, to_repair
+from acmix.data.encode import Format, encoded
+from acmix.data.images import BadImage
 from acmix.data.orphans import die_with_parent, outlives_helpers
 from acmix.data.shards import FORMAT, MANIFEST, ROW, Manifest, ShardFile, Split
 from acmix.data.tars import index_tar, read_at
@@ -37,8 +37,6 @@ IMAGES_PER_SHARD = 4096
 
 _FEWEST_SHARDS = 8  # for readers that give each process whole shards
 _CHUNK = 16
-_LONGEST_SIDE = {"jpeg": 65500, "webp": 16383}  # of what libjpeg and libwebp write
-_QUALITY = 90
 _LARGEST_KEY = 10**9
 _STATE, _PLAN = ".prepare", "plan.json"
 
@@ -57,7 +55,7 @@ class Options:
 
     short_side: int | None = None
     quality: int | None = None
-    format: Literal["jpeg", "webp"] = "jpeg"
+    format: Format = "jpeg"
     shards: int | None = None
     on_error: Literal["stop", "skip"] = "stop"
 
@@ -316,47 +314,11 @@ def _stored(source: Source, numbers: Sequence[int], options: Options, workers: i
 
 def _store(numbers: Sequence[int]) -> list[_Image]:
     assert _source is not None
+    how = _options.format, _options.short_side, _options.quality
     images = []
     for number in numbers:
         try:
-            images.append(_Image(number, *_encoded(_source, number, _options), ""))
+            images.append(_Image(number, *encoded(_source, number, *how), ""))
         except BadImage as error:
             images.append(_Image(number, b"", 0, f"{_source.describe(number)}: {error.reason}"))
     return images
-
-
-def _encoded(source: Source, number: int, options: Options) -> tuple[bytes, int]:
-    """Bytes and class. A JPEG file that is small enough stays as it is, if it can be decoded."""
-    files = as_files(source)
-    if files is None:
-        image, target = source.load(number)
-    else:
-        data, target = files.read(number)
-        image = decode_image(data)
-        plain = open_image(data)
-        fits = options.short_side is None or min(image.size) <= options.short_side
-        if fits and options.quality is None and options.format == "jpeg" and _is_plain_jpeg(plain):
-            return data, target
-    stored = _shrunk(image, options.short_side)
-    if max(stored.size) > (most := _LONGEST_SIDE[options.format]):
-        size = f"{stored.width} × {stored.height} pixels"
-        others = [f"--format {name}" for name, side in _LONGEST_SIDE.items() if max(stored.size) <= side]
-        ways = " or ".join(["a smaller --short-side", *others])
-        raise BadImage(
-            "bomb", f"{size} are more than {options.format} can store, {most} a side; crop it, or use {ways}"
-        )
-    buffer = io.BytesIO()
-    stored.save(buffer, options.format, quality=options.quality or _QUALITY)
-    return buffer.getvalue(), target
-
-
-def _is_plain_jpeg(image: Image.Image) -> bool:
-    return image.format == "JPEG" and image.mode in ("RGB", "L")
-
-
-def _shrunk(image: Image.Image, short_side: int | None) -> Image.Image:
-    """The image with its short side as asked, its shape kept; smaller images as they are."""
-    if short_side is None or min(image.size) <= short_side:
-        return image
-    width, height = (max(1, round(side * short_side / min(image.size))) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
