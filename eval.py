@@ -7,12 +7,12 @@ The last line on stdout is the result as JSON. Exit status: 0 done; 2 bad usage,
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from acmix.json_text import json_text
 from acmix.process.program import Arguments, run_program, whole_number
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def evaluate_from(options: argparse.Namespace) -> int:
         if options.paths or options.paths_images:
             found |= report_paths(model, data, dist, config.precision, options.paths_images)
         matrix = confusion.matrix(dist) if confusion else None
-        result = json.dumps(found)
+        result = json_text(found)
         if dist.is_main:
             print(result, flush=True)
         dist.on_main(lambda: outputs.write(result, matrix, data.classes, data.present))

@@ -11,7 +11,6 @@ annotations/instances_{train,val}2017.json.
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -31,6 +30,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 import shapes
 from acmix.checkpoint.atomic import prove_writable, replacing
+from acmix.json_text import json_text
 from acmix.process.program import Arguments, run_program
 from average_precision import decode_mask, encode_mask, evaluate, ground_truth
 from backbone import FeatureMaps, add_backbone_arguments, build_features, pick_device, pyramid
@@ -74,7 +74,7 @@ def run(arguments: Sequence[str] | None) -> int:
         "images": len(found),
     }
     print(f"Wrote {picture}")
-    print(json.dumps(result))
+    print(json_text(result))
     return 0
 
 

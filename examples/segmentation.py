@@ -10,7 +10,6 @@ images/{training,validation}/*.jpg and annotations/{training,validation}/*.png.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from torchvision.utils import make_grid, save_image
 
 import shapes
 from acmix.checkpoint.atomic import prove_writable, replacing
+from acmix.json_text import json_text
 from acmix.process.program import Arguments, run_program
 from backbone import FeatureMaps, add_backbone_arguments, build_features, pick_device, pyramid
 from folders import ADE20K
@@ -127,7 +127,7 @@ def run(arguments: Sequence[str] | None) -> int:
         "images": len(val_set),  # type: ignore[arg-type]
     }
     print(f"Wrote {picture}")
-    print(json.dumps(result))
+    print(json_text(result))
     return 0
 
 

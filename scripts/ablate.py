@@ -12,7 +12,6 @@ it again; 1 a run failed for another reason.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from acmix.config import Config
 from acmix.cores import usable_cores
 from acmix.engine.lock import RunLock
 from acmix.errors import UserError
+from acmix.json_text import json_text
 from acmix.process.program import BAD_USAGE, DONE, FAILED, REQUEUE, Arguments, run_program
 from acmix.process.signals import StopSignals
 from acmix.report.collect import collect
@@ -229,7 +229,7 @@ class Desk:
             return
         results = summarise(study, outcomes, sizes, self.configs[study.reference], self.overrides)
         table = markdown(results, self.typed)
-        write_atomically(self.out / "results.json", json.dumps(results, indent=2) + "\n")
+        write_atomically(self.out / "results.json", json_text(results, indent=2) + "\n")
         write_atomically(self.out / "results.md", table)
         figure = draw(results)
         for suffix in (".png", ".svg"):

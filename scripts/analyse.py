@@ -9,7 +9,6 @@ list of rows from 0 to 1; for --receptive-field a list of {run, areas}, the shar
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from acmix.engine.forward import network_inputs
 from acmix.engine.run_folder import find_config, trained_classes
 from acmix.errors import UserError
 from acmix.export.load import build_network
+from acmix.json_text import json_text
 from acmix.process.distributed import Distributed
 from acmix.process.program import Arguments, run_program, whole_number
 from acmix.telemetry.figure_file import check_figure_file, save_figure
@@ -67,7 +67,7 @@ def analyse(arguments: Sequence[str] | None) -> int:
         prove_writable("--json", options.json)
     runs = [open_run(run, options.images) for run in options.runs]
     result, figure = compare_layers(runs) if options.cka else measure_fields(runs)
-    line = json.dumps(result)
+    line = json_text(result)
     print(line, flush=True)
     if options.json is not None:
         write_atomically(options.json, line + "\n", make_parents=True)

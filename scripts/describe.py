@@ -9,7 +9,6 @@ convolutions and matrix products cost multiply-adds, elementwise work does not. 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from acmix import models
 from acmix.config import load_config
 from acmix.config.yaml import read_yaml
 from acmix.errors import UserError
+from acmix.json_text import json_text
 from acmix.models.acmix_san import ACmixSAN
 from acmix.process.program import Arguments, run_program
 from acmix.telemetry.describe import Stage, as_table, describe, total
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str] | None) -> int:
         "total": total(stages).to_json(),
         **({} if like_san is None else {"sans_counter": like_san}),
     }
-    print(json.dumps(description) if options.json else as_text(description, stages))
+    print(json_text(description) if options.json else as_text(description, stages))
     return 0
 
 

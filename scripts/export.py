@@ -8,7 +8,6 @@ those of PyTorch to 1e-4. The last line on stdout says as JSON what was written,
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from acmix.checkpoint.atomic import prove_writable
 from acmix.errors import UserError
+from acmix.json_text import json_text
 from acmix.process.program import Arguments, run_program
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def export_from(options: argparse.Namespace) -> int:
 
         result = export(trained, images, options.format, options.out, fixed_size=options.fixed_size, step=step)
     print(describe(result, source))
-    print(json.dumps({**result, "checked_on": source}), flush=True)
+    print(json_text({**result, "checked_on": source}), flush=True)
     return 0
 
 

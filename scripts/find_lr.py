@@ -10,7 +10,6 @@ Exit status: 0 done; 2 refused, with the reason.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from acmix.checkpoint.atomic import prove_writable, write_atomically
 from acmix.errors import UserError
+from acmix.json_text import json_text
 from acmix.process.program import Arguments, run_program, whole_number
 from acmix.telemetry.figure_file import check_figure_file, save_figure
 
@@ -61,13 +61,13 @@ def find(options: argparse.Namespace) -> int:
     if options.json is not None:
         curve = {"lr": (result.rates * scale).tolist(), "loss": result.losses.tolist()}
         whole = answer | curve | {"smoothed": result.smoothed.tolist()}
-        write_atomically(options.json, json.dumps(whole) + "\n", make_parents=True)
+        write_atomically(options.json, json_text(whole) + "\n", make_parents=True)
     if answer["suggestion"] is None:
         print("No rate to suggest: the loss never falls; give other rates by --from and --to, or more --steps")
     else:
         print(f"Suggestion: optimizer.lr={answer['suggestion']:.2g}, a tenth of the rate of the lowest loss")
         print(f"The loss falls fastest at {answer['steepest']:.2g} and is lowest at {answer['lowest']:.2g}")
-    print(json.dumps(answer))
+    print(json_text(answer))
     return 0
 
 

@@ -8,7 +8,6 @@ the centre, and what each path gives. An image that cannot be read is named, the
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from acmix.checkpoint.atomic import prove_writable, write_atomically
 from acmix.data.folders import readable_name
 from acmix.errors import UserError
+from acmix.json_text import json_text
 from acmix.paths import expand_path, path_argument
 from acmix.process.program import BAD_USAGE, Arguments, run_program
 
@@ -78,7 +78,7 @@ def predict_from(options: argparse.Namespace) -> int:
             assert trained is not None
             draw_to(options.draw, result, predictor, trained, drawn)
     if options.json is not None:
-        write_atomically(options.json, json.dumps(results, indent=2) + "\n", make_parents=True)
+        write_atomically(options.json, json_text(results, indent=2) + "\n", make_parents=True)
     if bad:
         print(f"error: {bad} of {len(files)} images cannot be read; repair or leave them out", file=sys.stderr)
     return BAD_USAGE if bad else 0

@@ -90,6 +90,17 @@ def test_raw_weights_on_request_and_the_result_in_a_file(run_dir: Path, evaluate
     assert evaluate("--checkpoint", file).result["loss"] == raw["loss"]
 
 
+def test_a_loss_that_is_not_finite_is_told_and_written_as_a_string(
+    run_dir: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    weights = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
+    save_file({name: value * float("nan") for name, value in weights.items()}, tmp_path / "nan.safetensors")
+    options = ["--config", run_dir / "config.yaml", "--json", "result.json"]
+    outcome = evaluate("--checkpoint", "nan.safetensors", *options, "model.num_classes=10")
+    assert "warning: the loss of this evaluation is nan" in outcome.err
+    assert outcome.result["loss"] == json.loads(Path("result.json").read_text())["loss"] == "nan"
+
+
 def test_report_holds_every_class_and_a_picture(run_dir: Path, evaluate: Evaluate, tmp_path: Path) -> None:
     result = evaluate("--checkpoint", run_dir, "--report", tmp_path / "report").result
     report = json.loads((tmp_path / "report" / "classes.json").read_text())

@@ -181,6 +181,29 @@ def test_run_leaves_what_the_contract_says(train: Train, tmp_path: Path) -> None
     assert {"model.safetensors", "ema.safetensors", "manifest.json"} <= {path.name for path in last.iterdir()}
 
 
+def strict_json(path: Path) -> Any:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{path}: {word} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_a_network_that_diverged_is_told_is_never_the_best_and_leaves_json_that_every_reader_takes(
+    train: Train,
+) -> None:
+    diverge = ["run.dir=run", "optimizer.lr=1e30"]
+    outcome = train(*diverge, "schedule.steps=1")
+    assert outcome.status == 0, outcome.err
+    assert "warning: the loss of this evaluation is nan" in outcome.err
+    summary = strict_json(Path("run/summary.json"))
+    assert (summary["best"], summary["last"]["loss"]) == (None, "nan")
+    assert not Path("run/checkpoints/best").is_symlink()
+    progress = strict_json(Path("run/checkpoints/last/progress.json"))
+    assert progress["history"] == [summary["last"]]
+    resumed = train(*diverge, "schedule.steps=2", "--resume", "auto")
+    assert "the loss is not finite at step 2" in resumed.err
+
+
 def test_kwargs_of_optimizer_and_schedule_are_part_of_the_resolved_config(train: Train) -> None:
     kwargs = ["optimizer.kwargs.nesterov=false", "schedule.kwargs={k_decay: 2, noise: [0.5, 0.9]}"]
     assert train("run.dir=run", "schedule.steps=1", *kwargs).status == 0

@@ -5,7 +5,6 @@ progress.json and manifest.json, and the relative symbolic links `last` and `bes
 """
 
 import errno
-import json
 import os
 import shutil
 import sys
@@ -40,6 +39,7 @@ from acmix.checkpoint.read import SoundCheckpoint, newest_sound
 from acmix.checkpoint.safetensors_writer import write_safetensors
 from acmix.checkpoint.snapshot import Snapshot, SnapshotBuffers, state_bytes
 from acmix.errors import UserError
+from acmix.json_text import json_text
 
 _WAYS_OUT = {
     errno.ENOSPC: "free some space or lower run.keep",
@@ -92,7 +92,7 @@ class CheckpointStore:
         """
         self.wait()
         self._saves += 1
-        progress = json.dumps(snapshot.progress).encode()
+        progress = json_text(snapshot.progress).encode()
         copied = self._buffers.copy(snapshot)
         number = self._saves
 

@@ -1,5 +1,7 @@
 """Exact evaluation: every image counted once, whatever the number of processes and the size of their shares."""
 
+import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypedDict
 
@@ -39,7 +41,8 @@ def evaluate(
     Ranks may hold unequal numbers of batches: each calls `poll` (which may be a collective) as often as the longest
     share has batches. When `poll` returns True, which it must do on all ranks alike, the evaluation ends early and
     returns None. `observe` gets the logits and targets of each batch. Sums are added in float64. With fewer than five
-    classes top-5 is over all of them. The model's train or eval mode is restored.
+    classes top-5 is over all of them. A loss that is not finite is said on stderr. The model's train or eval mode is
+    restored.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=dist.device)  # loss, top-1, top-5, count
     rounds = max(dist.gather(loader.batches))
@@ -63,6 +66,9 @@ def evaluate(
         model.train(training)
     loss, top1, top5, count = dist.all_reduce(sums.cpu()).tolist()
     images_seen = max(count, 1.0)
+    if dist.is_main and not math.isfinite(loss):
+        message = f"the loss of this evaluation is {loss}: the weights have diverged"
+        print(f"warning: {message}; lower optimizer.lr or set optimizer.clip_grad", file=sys.stderr, flush=True)
     return Metrics(
         loss=loss / images_seen, top1=100 * top1 / images_seen, top5=100 * top5 / images_seen, count=int(count)
     )

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 from acmix.config import Config, RunConfig, ScheduleConfig
 from acmix.errors import UserError
@@ -17,8 +17,8 @@ class Progress:
     """How far a run is; saved with every checkpoint as JSON.
 
     step: steps taken so far; epoch: the current epoch, from 0; update_in_epoch: the steps taken of it; best: the
-    evaluation with the highest top-1 so far; history: every evaluation; skipped: steps left out because their loss was
-    not finite; unread: images of this epoch left out because they cannot be read.
+    evaluation with the highest top-1 so far, of those with a finite loss; history: every evaluation; skipped: steps
+    left out because their loss was not finite; unread: images of this epoch left out because they cannot be read.
     """
 
     step: int = 0
@@ -28,6 +28,23 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     skipped: int = 0
     unread: int = 0
+
+    @classmethod
+    def restore(cls, saved: Mapping[str, Any]) -> Self:
+        """What a checkpoint says; floats that JSON has as strings, because they are not finite, are floats again."""
+        progress = cls(**{key: saved[key] for key in asdict(cls())})
+        progress.history = [_with_floats(row) for row in progress.history]
+        progress.best = None if progress.best is None else _with_floats(progress.best)
+        return progress
+
+
+def _with_floats(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float(value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def is_finite(evaluation: Mapping[str, Any]) -> bool:
+    """Whether an evaluation, also one read back from JSON, says anything of the network: not where it has diverged."""
+    return math.isfinite(float(evaluation.get("loss", 0.0)))
 
 
 def run_fingerprint(config: Config, data: "Data", world_size: int) -> dict[str, Any]:
@@ -52,11 +69,12 @@ def total_updates(schedule: ScheduleConfig, updates_per_epoch: int) -> int:
 def out_of_patience(run: RunConfig, history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last `run.patience` evaluations all failed to beat the best before them by `run.min_delta`.
 
-    It follows from the evaluations alone, so a resumed run counts on as if nothing had happened.
+    One whose loss is not finite beats none. It follows from the evaluations alone, so a resumed run counts on as if
+    nothing had happened.
     """
     best, since = -math.inf, 0
     for evaluation in history:
-        if evaluation["top1"] > best + run.min_delta:
+        if is_finite(evaluation) and evaluation["top1"] > best + run.min_delta:
             best, since = evaluation["top1"], 0
         else:
             since += 1

@@ -16,6 +16,7 @@ from acmix.config.resume import Changes, changed_keys, refuse_fixed, settled, wi
 from acmix.engine.lock import RunLock
 from acmix.engine.run_folder import CLASSES, COMPILED, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder
 from acmix.errors import UserError
+from acmix.json_text import json_text
 from acmix.process.compiled import keep_compiled
 from acmix.process.distributed import Distributed
 from acmix.process.program import DONE, REQUEUE, ReportedElsewhere
@@ -107,7 +108,7 @@ class Session:
         """Write `summary.json`: status (running, done, requeue or failed) and `values`."""
         if self.dist.is_main and self.folder is not None:
             summary = {"status": status, "launcher": launcher_id(), **values}
-            write_atomically(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+            write_atomically(self.folder / SUMMARY, json_text(summary, indent=2) + "\n")
 
     def __enter__(self) -> Self:
         return self

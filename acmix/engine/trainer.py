@@ -29,6 +29,7 @@ from acmix.engine.meter import Meter
 from acmix.engine.nonfinite import NonFiniteGuard
 from acmix.engine.progress import (
     Progress,
+    is_finite,
     out_of_patience,
     refuse_other_run,
     refuse_shorter,
@@ -84,7 +85,7 @@ class Trainer:
             self.learner.load(snapshot.model, snapshot.ema, snapshot.training)
         except UserError as error:
             raise UserError(explain_misfit(str(error), self.session.changes)) from None
-        self.progress = Progress(**{key: saved[key] for key in asdict(Progress())})
+        self.progress = Progress.restore(saved)
         self._saved_at = (self.progress.step, self.progress.epoch)
 
     @worker_deaths_explained()
@@ -203,7 +204,7 @@ class Trainer:
         row = {"epoch": progress.epoch + 1, "step": progress.step, **metrics}
         self.session.log.eval(row)
         progress.history.append(row)
-        improved = progress.best is None or metrics["top1"] > progress.best["top1"]
+        improved = is_finite(row) and (progress.best is None or metrics["top1"] > progress.best["top1"])
         if improved:
             progress.best = row
         return improved

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from acmix.engine.progress import is_finite
 from acmix.engine.run_folder import METRICS
 from acmix.telemetry.layer_rows import measured, stage_means
 from acmix.telemetry.record import Row, as_number, read_rows
@@ -16,9 +17,10 @@ _WARM_UP_ROWS = 1
 class Outcome:
     """Of one finished run.
 
-    top1: of its last epoch, in percent; best: the highest of all epochs; epochs: it trained; parameters: of its
-    network; images_per_second: median over its rows of training, NaN without any; seconds: that its last attempt took;
-    paths: stage → the stage's mean alpha and beta after training, empty without ACmix blocks.
+    top1: of its last epoch, in percent; best: the highest of all epochs, of those with a finite loss where there are
+    any; epochs: it trained; parameters: of its network; images_per_second: median over its rows of training, NaN
+    without any; seconds: that its last attempt took; paths: stage → the stage's mean alpha and beta after training,
+    empty without ACmix blocks.
     """
 
     top1: float
@@ -40,13 +42,17 @@ def read_outcome(folder: Path) -> Outcome | None:
     scores = [float(row["top1"]) for row in evaluations]
     return Outcome(
         top1=scores[-1],
-        best=max(scores),
+        best=max(_of_finite_loss(evaluations) or scores),
         epochs=int(evaluations[-1]["epoch"]),
         parameters=int(end["parameters"]),
         images_per_second=rate(rows),
         seconds=float(end["seconds"]),
         paths=_final_paths(rows),
     )
+
+
+def _of_finite_loss(evaluations: list[Row]) -> list[float]:
+    return [float(row["top1"]) for row in evaluations if is_finite(row)]
 
 
 def rate(rows: list[Row]) -> float:

@@ -1,7 +1,6 @@
 """`metrics.jsonl`, the record of a run: one JSON object a line, appended whole; a resume drops later rows."""
 
 import json
-import math
 import os
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 from acmix.checkpoint.atomic import write_atomically
 from acmix.errors import UserError
+from acmix.json_text import json_text, plain
 
 Row = dict[str, Any]
 
@@ -51,7 +51,7 @@ class Record:
         if row["event"] not in ("start", "end"):
             self._written.add(occasion)
         stamped: Row = {"event": row["event"], "time": round(time.time(), 3), **plain(row)}
-        self._pending += json.dumps(stamped, allow_nan=False).encode() + b"\n"
+        self._pending += json_text(stamped).encode() + b"\n"
         self._flush()
         return stamped
 
@@ -93,7 +93,7 @@ class Record:
         rows = read_rows(self.path) if self.keep_step > 0 else ()
         keep = [row for row in rows if row["event"] != "end" and row["step"] <= self.keep_step]
         self._written = {(row["event"], row["step"]) for row in keep if row["event"] != "start"}
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in keep))
+        write_atomically(self.path, "".join(json_text(row) + "\n" for row in keep))
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -113,21 +113,6 @@ def _parse(line: bytes) -> Row | None:
         return None
     sound = isinstance(row, dict) and isinstance(row.get("event"), str) and isinstance(row.get("step"), int)
     return row if sound and line.endswith(b"\n") else None
-
-
-def plain(value: Any) -> Any:
-    """A value in JSON's own types; a float that is not finite becomes "nan", "inf" or "-inf"."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if hasattr(value, "item"):  # tensors and numpy scalars
-        return plain(value.item())
-    return str(value)
 
 
 def key_paths(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

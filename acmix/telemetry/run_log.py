@@ -13,10 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from acmix.json_text import plain
 from acmix.telemetry.layer_rows import LayerRows
 from acmix.telemetry.lines import end_line, eval_line, probe_line, start_lines, train_line
 from acmix.telemetry.loggers import Logger, open_loggers, places
-from acmix.telemetry.record import Record, plain
+from acmix.telemetry.record import Record
 
 Row = Mapping[str, Any]
 

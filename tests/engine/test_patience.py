@@ -1,8 +1,10 @@
 """Early stopping: when patience is over, that all ranks end together, and what a resume makes of it."""
 
 import json
+import math
 import runpy
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 from PIL import Image
 
 from acmix.config import RunConfig
-from acmix.engine.progress import out_of_patience
+from acmix.engine.progress import Progress, out_of_patience
+from acmix.json_text import json_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -70,6 +73,17 @@ def test_patience_counts_the_evaluations_that_do_not_beat_the_best_by_enough(
 ) -> None:
     history = [{"top1": score} for score in scores]
     assert out_of_patience(RunConfig(patience=patience, min_delta=min_delta), history) == over
+
+
+def test_progress_comes_back_from_json_as_it_was_also_where_a_loss_is_not_finite() -> None:
+    rows = [{"epoch": 1, "step": 2, "loss": 0.5, "top1": 10.0}, {"epoch": 2, "step": 4, "loss": math.inf, "top1": 9.0}]
+    progress = Progress(step=4, epoch=2, best=rows[0], history=rows, skipped=1)
+    assert Progress.restore(json.loads(json_text(asdict(progress)))) == progress
+
+
+def test_an_evaluation_of_a_network_that_diverged_beats_none() -> None:
+    history = [{"top1": 10.0, "loss": 1.0}, {"top1": 20.0, "loss": "nan"}, {"top1": 20.0, "loss": math.inf}]
+    assert out_of_patience(RunConfig(patience=2), history)
 
 
 def test_a_run_out_of_patience_is_done_and_goes_on_only_with_more(train: Train) -> None:
