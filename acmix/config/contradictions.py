@@ -1,7 +1,7 @@
 """Keys that are each valid and yet do not fit together."""
 
 from acmix.config.datasets import find_dataset
-from acmix.config.schema import Config
+from acmix.config.schema import Config, ScheduleConfig
 from acmix.config.yaml import KeyPath
 from acmix.errors import UserError
 
@@ -26,8 +26,8 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
     if schedule.warmup_epochs > schedule.epochs:
         text = f"{schedule.warmup_epochs:g} is more than schedule.epochs, {schedule.epochs}"
         found.append((("schedule", "warmup_epochs"), text))
-    if optimizer.lr_batch is None and schedule.min_lr > optimizer.lr:
-        found.append((("schedule", "min_lr"), f"{schedule.min_lr:g} is above optimizer.lr, {optimizer.lr:g}"))
+    if optimizer.lr_batch is None:  # else the images of an update decide, see acmix.engine.optim.refuse_rates
+        found += rates_above_peak(schedule, optimizer.lr, f"optimizer.lr, {optimizer.lr:g}")
     if data.root is None and dataset.needs_root:
         found.append((("data", "root"), f"is required for the dataset {data.dataset}: the folder that holds the data"))
     if data.download and not dataset.can_download:
@@ -52,3 +52,10 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
         text = f"{data.batch_size} is odd, but augment.mixup and augment.cutmix mix pairs; use an even number"
         found.append((("data", "batch_size"), text))
     return found
+
+
+def rates_above_peak(schedule: ScheduleConfig, peak: float, told: str) -> list[tuple[KeyPath, str]]:
+    """The key path of each rate of the schedule that is above its peak, and what is wrong; `told` names the peak."""
+    rates = {"min_lr": schedule.min_lr} | ({"warmup_lr": schedule.warmup_lr} if schedule.warmup_epochs else {})
+    text = "is above the peak of the schedule"
+    return [(("schedule", key), f"{rate:g} {text}, {told}") for key, rate in rates.items() if rate > peak]

@@ -19,7 +19,7 @@ from acmix.engine.forward import Mixing, autocast, network_inputs
 from acmix.engine.inductor import keep_stores_inside
 from acmix.engine.loss import Loss, class_weights
 from acmix.engine.on_host import OnHost
-from acmix.engine.optim import build_optimizer, build_scheduler, load_optimizer, parameter_groups
+from acmix.engine.optim import build_optimizer, build_scheduler, load_optimizer, parameter_groups, refuse_rates
 from acmix.errors import UserError
 from acmix.layers.mix import path_weights
 from acmix.ops.native import cxx_compiler
@@ -70,6 +70,7 @@ class Learner:
         self.path_gradients: dict[str, Tensor] = {}
         if config.ema.decay is not None:
             self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
+        refuse_rates(config.optimizer, config.schedule, loader.global_batch)
         self.optimizer = build_optimizer(self.model, config.optimizer, loader.global_batch, new)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, loader.updates_per_epoch)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=config.precision.amp == "fp16")

@@ -18,6 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from acmix.config import OptimizerConfig, ScheduleConfig
+from acmix.config.contradictions import rates_above_peak
 from acmix.engine.kwargs import checked_kwargs
 from acmix.errors import UserError
 from acmix.layers.mix import path_weights
@@ -30,6 +31,18 @@ _NAMES_IN_CLASS = {"noise": "noise_range_t", "decay_rate": "power"}
 def peak_lr(config: OptimizerConfig, global_batch: int) -> float:
     """The learning rate at the peak: `optimizer.lr`, scaled linearly to the global batch where `lr_batch` is set."""
     return config.lr if config.lr_batch is None else config.lr * global_batch / config.lr_batch
+
+
+def refuse_rates(optimizer: OptimizerConfig, schedule: ScheduleConfig, global_batch: int) -> None:
+    """UserError for a rate of the schedule that is above the peak, which `optimizer.lr_batch` has scaled."""
+    peak = peak_lr(optimizer, global_batch)
+    told = (
+        f"{peak:g}: that is optimizer.lr, {optimizer.lr:g}, for optimizer.lr_batch, {optimizer.lr_batch}, scaled to "
+        f"{global_batch} images an update; lower the one or raise the other"
+    )
+    problems = rates_above_peak(schedule, peak * (1 + 1e-9), told)  # not the rounding of the scale
+    if problems:
+        raise UserError("\n".join(f"{'.'.join(map(str, key_path))}: {text}" for key_path, text in problems))
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig, new: Collection[str] = ()) -> list[dict[str, Any]]:

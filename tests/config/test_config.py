@@ -317,6 +317,7 @@ def test_overrides_reach_every_level_and_are_refused_twice(tmp_path: Path) -> No
         (["model.kwargs.num_classes=3"], "model.kwargs.num_classes"),
         (["schedule.warmup_epochs=4"], "schedule.warmup_epochs"),
         (["schedule.min_lr=1", "optimizer.lr=0.1"], "schedule.min_lr"),
+        (["schedule.warmup_lr=5", "schedule.warmup_epochs=1"], "schedule.warmup_lr"),
         (["data.dataset=folder"], "data.root"),
         (["data.dataset=cifar10"], "data.root"),
         (["data.download=true"], "data.download"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from acmix import models
 from acmix.config import OptimizerConfig, ScheduleConfig
-from acmix.engine.optim import build_optimizer, build_scheduler, parameter_groups, peak_lr
+from acmix.engine.optim import build_optimizer, build_scheduler, parameter_groups, peak_lr, refuse_rates
 from acmix.errors import UserError
 from acmix.layers import path_weights
 
@@ -51,6 +51,15 @@ def test_path_weights_never_decay_and_have_their_own_rate(network: nn.Module) ->
         assert group["lr"] == pytest.approx(0.025 if paths == {True} else 0.1)
         if paths == {True}:
             assert group["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("key", ["min_lr", "warmup_lr"])
+def test_a_rate_above_the_scaled_peak_is_refused_naming_both(key: str) -> None:
+    optimizer = OptimizerConfig(lr=0.1, lr_batch=100)
+    schedule = ScheduleConfig(epochs=2, warmup_epochs=1.0, **{key: 0.03})
+    refuse_rates(optimizer, schedule, 30)
+    with pytest.raises(UserError, match=rf"schedule\.{key}: 0\.03 is above .*0\.029: .*optimizer\.lr_batch, 100, .*29"):
+        refuse_rates(optimizer, schedule, 29)
 
 
 def test_layer_decay_lowers_the_rate_towards_the_input(network: nn.Module) -> None:
