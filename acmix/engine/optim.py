@@ -9,6 +9,7 @@ import torch
 from timm.optim import (
     create_optimizer_v2,
     get_optimizer_class,
+    get_optimizer_info,
     list_optimizers,
     param_groups_layer_decay,
     param_groups_weight_decay,
@@ -94,20 +95,25 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The timm optimizer of the config; `new` as for `parameter_groups`.
 
-    Raises UserError for a name timm does not know (with the nearest one), for `betas`, `eps` or `kwargs` that the
-    optimizer does not take, and for values that it refuses.
+    Raises UserError for a name timm does not know (with the nearest one), for an optimizer that needs second
+    derivatives, for `betas`, `eps` or `kwargs` that the optimizer does not take, and for values that it refuses or
+    that fail at its first step, which is tried on a parameter of its own.
     """
     if config.name.lower() not in list_optimizers():
         nearest = get_close_matches(config.name.lower(), list_optimizers(), n=1, cutoff=0.0)[0]
         raise UserError(f"optimizer.name: timm has no optimizer {config.name!r}; did you mean {nearest}?")
+    if get_optimizer_info(config.name.lower()).second_order:
+        raise UserError(
+            f"optimizer.name: {config.name} needs second derivatives, which training does not take; choose another, "
+            "such as adamw"
+        )
     try:
         arguments = _arguments(config, peak_lr(config, global_batch))
         optimizer = create_optimizer_v2(
             model, param_group_fn=lambda net: parameter_groups(net, config, new), **arguments
         )
-        if config.kwargs:  # some that do not fit fail at the first step only
-            _state_after_step(torch.ones(2, 2, device=next(model.parameters()).device), arguments)
-    except (ArithmeticError, AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        _state_after_step(torch.ones(2, 2, device=next(model.parameters()).device), arguments)
+    except (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         where = "optimizer.kwargs" if config.kwargs else "optimizer"
         raise UserError(f"{where}: {config.name} cannot work with these values: {error}") from error
     return optimizer
@@ -210,11 +216,16 @@ def _refuse_incomplete_state(
                 raise ValueError(f"the optimizer's {name!r} has another shape than {config.name} needs as it is now")
 
 
-def _betas_and_eps(config: OptimizerConfig, accepted: Collection[str]) -> dict[str, Any]:
+def _betas_and_eps(config: OptimizerConfig, accepted: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     given = {key: value for key in ("betas", "eps") if (value := getattr(config, key)) is not None}
     for key in given:
         if key not in accepted:
             raise UserError(f"optimizer.{key}: the optimizer {config.name} has no {key}; leave it out")
+    own = accepted["betas"].default if "betas" in given else None
+    if isinstance(own, tuple) and len(given["betas"]) != len(own):
+        raise UserError(
+            f"optimizer.betas: {len(given['betas'])} given, but {config.name} has {len(own)}, such as {list(own)}"
+        )
     return given
 
 

@@ -121,6 +121,22 @@ def test_betas_are_refused_where_the_optimizer_has_none() -> None:
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(name="sgd", betas=(0.9, 0.99)), global_batch=4)
 
 
+@pytest.mark.parametrize(
+    ("name", "betas", "message"),
+    [
+        ("adabelief", (0.9, 0.99, 0.9), r"optimizer\.betas: 3 given, but adabelief has 2, such as \[0\.9, 0\.999\]"),
+        ("adamw", (0.9, 0.99, 0.9), r"optimizer\.betas: 3 given, but adamw has 2"),
+        ("adan", (0.9, 0.99), r"optimizer\.betas: 2 given, but adan has 3"),
+        ("adahessian", None, r"optimizer\.name: adahessian needs second derivatives"),
+    ],
+)
+def test_an_optimizer_that_cannot_take_a_step_is_refused(
+    name: str, betas: tuple[float, ...] | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build_optimizer(nn.Linear(2, 2), OptimizerConfig(name=name, betas=betas), global_batch=4)
+
+
 def test_kwargs_reach_the_optimizer_with_lists_as_tuples() -> None:
     config = OptimizerConfig(name="cmars", kwargs={"gamma": 0.5, "betas_1d": [0.8, 0.9]})
     group = build_optimizer(nn.Linear(2, 2), config, global_batch=4).param_groups[0]
