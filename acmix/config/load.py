@@ -11,7 +11,7 @@ from acmix.config.contradictions import contradictions
 from acmix.config.errors import describe_errors, unknown_override
 from acmix.config.kinds import is_path, is_text, path_keys, takes_null
 from acmix.config.schema import Config
-from acmix.config.yaml import Document, KeyPath, read_yaml
+from acmix.config.yaml import Document, KeyPath, dotted, read_yaml
 from acmix.errors import UserError
 from acmix.paths import escape_path, expand_path
 
@@ -101,7 +101,10 @@ def _apply_override(values: dict[str, Any], override: str, origins: dict[KeyPath
         raise UserError(f"{COMMAND_LINE}: {override!r} is not of the form KEY.PATH=VALUE, e.g. optimizer.lr=0.1")
     if problem := unknown_override(Config, key_path):
         raise UserError(f"{COMMAND_LINE}: {problem}")
-    if origins.get(key_path) == COMMAND_LINE:
+    given = [path for path, origin in origins.items() if origin == COMMAND_LINE and path[: len(key_path)] == key_path]
+    if (deepest := max(given, key=len, default=key_path)) != key_path:
+        raise UserError(f"{COMMAND_LINE}: {key}: would undo {dotted(deepest)}, given before it; give {key} first, once")
+    if given:
         raise UserError(f"{COMMAND_LINE}: {key}: duplicate key; give it once")
     target: Any = values
     for part in key_path[:-1]:

@@ -309,6 +309,10 @@ def test_overrides_reach_every_level_and_are_refused_twice(tmp_path: Path) -> No
     assert config.run.dir == "a=b"
     with pytest.raises(UserError, match=r"command line: run.seed: duplicate key"):
         load_config(path, ["run.seed=1", "run.seed=2"])
+    with pytest.raises(UserError, match=r"command line: model.kwargs: would undo model.kwargs.heads, given before it"):
+        load_config(path, ["model.kwargs.heads=2", "model.kwargs={stem: cifar}"])
+    both = load_config(path, ["model.kwargs={stem: cifar}", "model.kwargs.heads=2"])
+    assert both.model.kwargs == {"stem": "cifar", "heads": 2}
 
 
 @pytest.mark.parametrize(
