@@ -73,6 +73,8 @@ def ablate(arguments: Sequence[str] | None, signals: StopSignals) -> int:
         print("\n".join(desk.describe()))
         return DONE
     prove_writable("--out", out, folder=True)
+    if options.collect and not (out / "runs").is_dir():
+        raise UserError(f"--collect: --out {out} holds no runs; give the folder of the study, or leave --collect out")
     with RunLock(out):
         return desk.work(start=not options.collect)
 

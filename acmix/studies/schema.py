@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from acmix.config import as_override
 from acmix.config.errors import describe_errors
@@ -50,7 +50,7 @@ class Study:
 class _File(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    name: RunName
+    name: RunName = Field(examples=["mixes"])
     """Name of the study."""
 
     base: Text
@@ -139,14 +139,16 @@ def _override(key: str, value: Any, where: str) -> str:
         raise UserError(f"{where}: {error}") from None
 
 
-def overlapping(overrides: Sequence[str], others: Sequence[str] = ()) -> str | None:
+def overlapping(overrides: Sequence[str], others: Sequence[str] | None = None) -> str | None:
     """Which two overrides set the same key, or one a part of what the other sets; None if none do.
 
-    With `others`, only pairs of one of each are looked at.
+    With `others`, which may be none at all, only pairs of one of each are looked at.
     """
     keys = [override.partition("=")[0] for override in overrides]
-    rest = [override.partition("=")[0] for override in others]
-    pairs = [(a, b) for a in keys for b in rest] if others else [(a, b) for i, a in enumerate(keys) for b in keys[:i]]
+    if others is None:
+        pairs = [(a, b) for i, a in enumerate(keys) for b in keys[:i]]
+    else:
+        pairs = [(a, b) for a in keys for b in (other.partition("=")[0] for other in others)]
     for a, b in pairs:
         if f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}."):
             return f"{b} and {a} set the same" if a != b else f"{a} is set twice"

@@ -100,7 +100,8 @@ def spread(mean: float | None, std: float | None, digits: int) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns line up as plain text, too."""
+    """A Markdown table whose columns line up as plain text, too; a | in a cell, as of an arm's name, is escaped."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")

@@ -65,6 +65,26 @@ def test_finished_runs_become_results_table_and_picture(
     assert page.index('<section id="study">') < page.index("60.00 ± 1.00") < page.index('<section id="what">')
 
 
+def test_there_is_nothing_to_collect_where_nothing_lies(
+    study_file: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate.main([str(study_file), "--collect", "--out", str(out)]) == 2
+    assert "holds no runs" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_bar_in_the_name_of_an_arm_begins_no_column(
+    study_file: Path, out: Path, write_run: Callable[..., None]
+) -> None:
+    study_file.write_text(study_file.read_text().replace("  sum: {", "  a|b: {"))
+    for run in plan_study(load_study(study_file), out, [], {"learned": {}, "a|b": {}})[:2]:
+        write_run(run)
+    assert ablate.main([str(study_file), "--collect", "--out", str(out)]) == 0
+    table = [line for line in (out / "results.md").read_text().splitlines() if line.startswith("|")]
+    assert any(line.startswith(r"| a\|b ") for line in table)
+    assert len({line.replace(r"\|", "").count("|") for line in table[:4]}) == 1
+
+
 def test_results_of_two_seeds_say_that_these_are_too_few_and_what_is_missing(
     study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
@@ -136,6 +156,7 @@ def test_equal_time_scales_epochs_by_rates_measured_before(
         (["STUDY", "model.kwargs.mix=sum"], "as arm sum of the study"),
         (["STUDY", "--dry-run", "model.kwargs.hds=3"], "arm learned: model.kwargs.hds: acmix_resnet26 takes no such"),
         (["STUDY", "--collect", "--out", "STUDY"], "--out"),
+        (["STUDY", "run.keep=1", "run.keep=2"], "arm learned: command line: run.keep: duplicate key; give it once"),
     ],
 )
 def test_bad_usage_is_one_message_and_status_2(

@@ -50,6 +50,7 @@ def test_base_is_a_path_from_the_folder_of_the_study_file(study_file: Path, monk
         ("seeds: 3", "seeds: true", r"seeds: must be their number"),
         ("seeds: 3", "seeds: [1, 1]", r"seeds: must be .* a list of different integers"),
         ("reference: learned", "reference: learnt", r"mixes.yaml:5: reference: there is no arm 'learnt'; nearest"),
+        ("name: mixes", "name: a/b", r"mixes.yaml:2: name: is not of a valid form, like mixes, got 'a/b'"),
         ("sum: {", "sum/2: {", r"arms.sum/2: the name becomes that of a folder"),
         ("{model.kwargs.mix: sum}", "[model.kwargs.mix=sum]", r"mixes.yaml:8: arms.sum: must be a mapping of"),
         ("{model.kwargs.mix: sum}", "{optimizer.lrr: 1.0}", r"optimizer.lrr: .* nearest valid key: optimizer.lr"),
