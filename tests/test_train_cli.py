@@ -181,6 +181,15 @@ def test_run_leaves_what_the_contract_says(train: Train, tmp_path: Path) -> None
     assert {"model.safetensors", "ema.safetensors", "manifest.json"} <= {path.name for path in last.iterdir()}
 
 
+def test_the_last_step_of_a_run_is_logged_once_also_where_schedule_steps_ends_it(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("log_every: 1", "log_every: 50"))
+    for steps in (2, 3):
+        outcome = train("run.dir=run", f"schedule.steps={steps}", "--resume", "auto")
+        assert outcome.status == 0, outcome.err
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "train"] == [2, 3]
+
+
 def strict_json(path: Path) -> Any:
     def refuse(word: str) -> None:
         raise AssertionError(f"{path}: {word} is no JSON")

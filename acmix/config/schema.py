@@ -328,7 +328,7 @@ class RunConfig(_Section):
     """auto: CUDA if available, else the CPU."""
 
     log_every: Positive = 50
-    """Updates from one logged line to the next."""
+    """Updates from one logged line to the next; the last of an epoch and of the run are logged too."""
 
     loggers: Annotated[tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...], Field(strict=False)] = (
         "tensorboard",

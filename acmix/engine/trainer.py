@@ -165,7 +165,8 @@ class Trainer:
         """One step on all ranks alike; returns what they agreed on."""
         progress, learner = self.progress, self.learner
         step = progress.step + 1
-        log_row = step % self.config.run.log_every == 0 or progress.update_in_epoch + 1 == self.steps_per_epoch
+        last = progress.update_in_epoch + 1 == self.steps_per_epoch or step == self.total_steps
+        log_row = last or step % self.config.run.log_every == 0
         self.guard.keep_buffers()
         # a GPU is busy with the backward pass while the ranks agree: it never waits for them
         losses = torch.stack([loss.read() for loss in learner.gradients(batches, step)])
