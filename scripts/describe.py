@@ -29,6 +29,8 @@ from acmix.process.program import Arguments, run_program
 from acmix.telemetry.describe import Stage, as_table, describe, total
 from acmix.telemetry.flops import count_like_san
 
+_NO_ARGUMENTS = {"name": "MODEL comes first, by itself", "image_size": "give --image-size N"}
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -53,7 +55,8 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_intermixed_args(arguments)
     wanted = _of_config(options) if options.config is not None else _of_name(options)
-    in_chans = wanted.kwargs.get("in_chans", 3)
+    given = wanted.kwargs.get("in_chans")
+    in_chans = 3 if given is None else given
     with torch.random.fork_rng([]):
         model = models.create_model(wanted.name, image_size=wanted.image_size, **wanted.kwargs)
     input_size = (in_chans, *(wanted.image_size or _own_size(model)))
@@ -99,7 +102,12 @@ def _of_name(options: argparse.Namespace) -> Wanted:
             raise UserError(f"{pair!r} is not of the form KEY=VALUE, such as mix=attention")
         if key in kwargs:
             raise UserError(f"{key}: given twice")
+        if key in _NO_ARGUMENTS:
+            raise UserError(f"{key}: is no argument of a network; {_NO_ARGUMENTS[key]}")
         kwargs[key] = read_yaml(text, key).values
+    classes = kwargs.get("num_classes")
+    if classes is not None and (type(classes) is not int or classes < 0):
+        raise UserError(f"num_classes: {classes!r} must be a whole number, 0 for a network without a classifier")
     size = options.image_size if options.image_size is None else _sides(read_yaml(options.image_size, "--image-size"))
     given = kwargs.get("img_size")
     if size is None and isinstance(given, int | list):

@@ -142,6 +142,8 @@ def test_the_program_prints_json_of_a_name_and_of_a_config(tmp_path, capsys) -> 
     assert program.main(["--config", str(config), "data.image_size=[32,64]", "--json"]) == 0
     of_config = json.loads(capsys.readouterr().out)
     assert of_config["stages"] == by_name["stages"]
+    assert program.main([*narrow, "in_chans=null"]) == 0
+    assert json.loads(capsys.readouterr().out)["input_size"] == [3, 32, 64]
     assert program.main(narrow[:-1]) == 0
     assert "by the counter of SAN's authors" in capsys.readouterr().out.splitlines()[0]
 
@@ -152,6 +154,9 @@ def test_the_program_prints_json_of_a_name_and_of_a_config(tmp_path, capsys) -> 
         (["acmix_resnet27"], "did you mean acmix_resnet26"),
         (["acmix_resnet26", "mixx=sum"], "did you mean mix?"),
         (["acmix_resnet26", "attention"], "is not of the form KEY=VALUE"),
+        (["acmix_resnet26", "image_size=32"], "image_size: is no argument of a network; give --image-size N"),
+        (["acmix_resnet26", "name=x"], "name: is no argument of a network; MODEL comes first"),
+        (["acmix_resnet26", "num_classes=-5"], "num_classes: -5 must be a whole number"),
         (["mix=sum"], "give the name of a model first"),
         (["resnet18", "--image-size", "0"], "must be a number of at least 1"),
         (["vit_tiny_patch16_224", "--image-size", "50"], "takes no image of 3×50×50"),
