@@ -1,11 +1,13 @@
-"""Weights made for other images, as timm makes them fit a network: another number of channels, another size."""
+"""Weights made for other images, as timm makes them fit a network: other channels, another size; what does not fit."""
 
 import sys
 import warnings
+from collections.abc import Mapping
 
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+_SHOWN = 3
 _POSITIONS = ("relative_position_bias_table", "pos_embed")
 
 
@@ -64,6 +66,29 @@ def interpolated_positions(model: nn.Module, weights: dict[str, Tensor]) -> dict
         warnings.simplefilter("ignore")  # of how timm indexes
         converted = convert(dict(weights), model)
     return {name: converted[name] for name in others if name in converted}
+
+
+def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights strictly. Raises ValueError with the first that do not fit the model, and how many do not."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        misfits = _misfits(model.state_dict(), weights)
+        if not misfits:
+            raise
+        more = f"; … {len(misfits)} in all" if len(misfits) > _SHOWN else ""
+        raise ValueError("; ".join(misfits[:_SHOWN]) + more) from error
+
+
+def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """What is of another shape, missing or unknown, in the order of the network."""
+    found = []
+    for name, value in own.items():
+        if name not in weights:
+            found.append(f"{name} is missing")
+        elif weights[name].shape != value.shape:
+            found.append(f"{name} is {list(weights[name].shape)}, in the network {list(value.shape)}")
+    return found + [f"{name} is not in the network" for name in weights if name not in own]
 
 
 def _first_convolutions(model: nn.Module) -> tuple[str, ...]:

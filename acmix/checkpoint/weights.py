@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from acmix.checkpoint.fit import fit_channels, fit_positions
+from acmix.checkpoint.fit import fit_channels, fit_positions, load_fitting
 from acmix.checkpoint.read import resolve_weights
 from acmix.errors import UserError
 from acmix.paths import missing_path_hint
@@ -40,13 +40,13 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, tran
     """Load weights strictly; those of the authors' release go through `translate` (models.load_official).
 
     Position tables for another size of image are interpolated by the model's family, and a line on stderr says so.
-    Raises UserError listing what is missing, unexpected or of another shape.
+    Raises UserError with the first that are missing, unknown or of another shape.
     """
     try:
         if any(name.endswith(".rate1") for name in weights):
             translate(model, weights)
         else:
-            model.load_state_dict(fit_positions(model, weights, source))
+            load_fitting(model, fit_positions(model, weights, source))
     except (RuntimeError, ValueError, LookupError, AssertionError, AttributeError, TypeError) as error:
         way_out = _other_classes(model, weights)
         raise UserError(f"{source}: the weights do not fit {type(model).__name__}: {error}{way_out}") from None

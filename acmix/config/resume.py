@@ -226,9 +226,9 @@ def refuse_fixed(changes: Changes) -> None:
 
 
 def explain_misfit(problem: str, changes: Changes) -> str:
-    """Why a checkpoint's state does not fit, with the changed keys that may be the reason."""
+    """Why a checkpoint's state does not fit: first the changed keys that may be the reason."""
     suspects = {key: pair for key, pair in changes.items() if verdict_of(key).kind in ("fits", "data")}
-    return f"{problem}; {_told(suspects)}; {NEW_RUN}" if suspects else problem
+    return f"{_told(suspects)}: {problem}; {NEW_RUN}" if suspects else problem
 
 
 def describe_changes(changes: Changes) -> list[str]:

@@ -13,6 +13,7 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from acmix.checkpoint.fit import load_fitting
 from acmix.config import Config
 from acmix.data.seeding import seed_generators, stream_seed
 from acmix.engine.forward import Mixing, autocast, network_inputs
@@ -191,9 +192,9 @@ class Learner:
         Raises UserError when the checkpoint does not fit the network or the optimizer.
         """
         try:
-            self.model.load_state_dict(model)
+            load_fitting(self.model, model)
             if self.ema is not None:
-                self.ema.module.load_state_dict(model if ema is None else ema)
+                load_fitting(self.ema.module, model if ema is None else ema)
             groups = parameter_groups(self.model, self.config.optimizer, self.new)
             load_optimizer(self.optimizer, self.config.optimizer, training["optimizer"], groups)
         except (RuntimeError, ValueError, KeyError) as error:

@@ -97,3 +97,17 @@ def test_evaluation_does_not_adapt_channels() -> None:
     colour, grey = (build("acmix_resnet26", in_chans=channels, base_width=8) for channels in (3, 1))
     with pytest.raises(UserError, match=r"conv1\.weight"):
         load_weights(grey, colour.state_dict(), "file", models.load_official)
+
+
+def test_weights_of_another_width_are_told_by_the_first_and_their_number() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    other = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2)).state_dict() | {"more": torch.zeros(1)}
+    other.pop("1.bias")
+    with pytest.raises(UserError) as caught:
+        load_weights(model, other, "file", models.load_official)
+    assert str(caught.value) == (
+        "file: the weights do not fit Sequential: 0.weight is [4, 2], in the network [3, 2]; 0.bias is [4], in the "
+        "network [3]; 1.weight is [2, 4], in the network [2, 3]; … 5 in all"
+    )
+    with pytest.raises(UserError, match=r"Sequential: 1\.bias is missing; more is not in the network$"):
+        load_weights(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2)), other, "file", models.load_official)

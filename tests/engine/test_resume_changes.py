@@ -71,6 +71,9 @@ def test_a_change_that_does_not_fit_is_refused_and_nothing_is_touched(train: Tra
                 "give it as it was, or start a new run" in errors or "give at least" in errors or "set data" in errors
             )
             assert contents(Path("run")) == before, key
+            if key == "model.kwargs.layers":
+                assert errors.startswith("error: model.kwargs.layers was null, now it is [1, 1, 1, 2]: the checkpoint")
+                assert len(errors.splitlines()) == 1
 
 
 CHANGED = [
