@@ -1,5 +1,8 @@
 """Keys that are each valid and yet do not fit together."""
 
+import json
+from collections.abc import Iterator
+
 from acmix.config.datasets import find_dataset
 from acmix.config.schema import Config, ScheduleConfig
 from acmix.config.yaml import KeyPath
@@ -41,8 +44,7 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
     weights, classes = config.loss.class_weights, config.model.num_classes
     if isinstance(weights, tuple) and classes is not None and len(weights) != classes:
         found.append((("loss", "class_weights"), f"{len(weights)} weights for {classes} classes (model.num_classes)"))
-    if config.run.min_delta and not config.run.patience:
-        found.append((("run", "min_delta"), "counts only with run.patience, which is 0; set it, or leave this out"))
+    found += _without_effect(config)
     for name, (low, high) in (("scale", augment.scale), ("ratio", augment.ratio)):
         if low > high:
             found.append((("augment", name), f"the smallest, {low:g}, is above the largest, {high:g}"))
@@ -52,6 +54,27 @@ def contradictions(config: Config) -> list[tuple[KeyPath, str]]:
         text = f"{data.batch_size} is odd, but augment.mixup and augment.cutmix mix pairs; use an even number"
         found.append((("data", "batch_size"), text))
     return found
+
+
+def _without_effect(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """Keys that were set, though the key that they depend on leaves them without effect."""
+    augment, optimizer, epochs = config.augment, config.optimizer, config.schedule.epochs
+    depend = [
+        ("run.min_delta", config.run.min_delta, "run.patience", config.run.patience),
+        ("optimizer.clip_mode", optimizer.clip_mode != "norm", "optimizer.clip_grad", optimizer.clip_grad),
+        ("ema.warmup", config.ema.warmup, "ema.decay", config.ema.decay is not None),
+        ("precision.compile_cache", config.precision.compile_cache, "precision.compile", config.precision.compile),
+        ("augment.mixup", augment.mixup, "augment.mixup_prob", augment.mixup_prob),
+        ("augment.cutmix", augment.cutmix, "augment.mixup_prob", augment.mixup_prob),
+    ]
+    for key, is_set, other, is_on in depend:
+        if is_set and not is_on:
+            section, name = other.split(".")
+            off = json.dumps(getattr(getattr(config, section), name))
+            yield tuple(key.split(".")), f"counts only with {other}, which is {off}; set it, or leave this out"
+    if optimizer.path_freeze_epochs >= epochs:
+        text = f"{optimizer.path_freeze_epochs:g} is all of schedule.epochs, {epochs}: the path weights never move"
+        yield ("optimizer", "path_freeze_epochs"), text
 
 
 def rates_above_peak(schedule: ScheduleConfig, peak: float, told: str) -> list[tuple[KeyPath, str]]:

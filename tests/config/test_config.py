@@ -332,6 +332,12 @@ def test_overrides_reach_every_level_and_are_refused_twice(tmp_path: Path) -> No
         (["augment.ratio=[2, 1]"], "augment.ratio"),
         (["augment.mixup=0.8", "data.batch_size=7"], "data.batch_size"),
         (["run.min_delta=0.5"], "run.min_delta"),
+        (["optimizer.clip_mode=agc"], "optimizer.clip_mode"),
+        (["ema.warmup=true"], "ema.warmup"),
+        (["precision.compile_cache=compiled"], "precision.compile_cache"),
+        (["augment.mixup=0.8", "augment.mixup_prob=0"], "augment.mixup"),
+        (["augment.cutmix=1", "augment.mixup_prob=0"], "augment.cutmix"),
+        (["optimizer.path_freeze_epochs=3"], "optimizer.path_freeze_epochs"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(overrides: list[str], key: str, tmp_path: Path) -> None:

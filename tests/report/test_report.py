@@ -125,7 +125,7 @@ def test_runs_older_than_a_key_or_watched_otherwise_are_seeds_of_the_same_arm(tm
     old, new = leave_run(tmp_path / "a" / "seed-0"), leave_run(tmp_path / "a" / "seed-1", "run.seed=1", "run.probes=[]")
     config = old / "config.yaml"
     config.write_text("".join(x for x in config.read_text().splitlines(keepends=True) if "path_freeze_epochs" not in x))
-    other = leave_run(tmp_path / "b" / "seed-0", "optimizer.path_freeze_epochs=3")
+    other = leave_run(tmp_path / "b" / "seed-0", "optimizer.path_freeze_epochs=0.5")
     assert [[run.folder for run in arm.runs] for arm in collect([old, new, other])] == [[old, new], [other]]
 
 
