@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-Weight = Annotated[float, Field(gt=0)]
+# float32 holds the weights and their products with losses: none of them may become 0 or infinite there
+Weight = Annotated[float, Field(ge=1e-30, le=1e30)]
 
 
 def _kind(value: Any) -> str:

@@ -71,7 +71,7 @@ def out_of_range(field: dict[str, Any]) -> list[Any]:
     found: list[Any] = []
     if field["type"] in ("integer", "number"):
         found += [field[name] - 1 for name in ("minimum",) if name in field]
-        found += [field[name] + 1 for name in ("maximum",) if name in field]
+        found += [field[name] + max(1, field[name] // 2) for name in ("maximum",) if name in field]
         found += [field[name] for name in ("exclusiveMinimum", "exclusiveMaximum") if name in field]
         found += [-math.inf, math.inf, math.nan] if field["type"] == "number" else []
     elif "enum" in field:

@@ -163,8 +163,10 @@ def test_weights_that_are_not_for_these_classes_are_refused_by_name() -> None:
     ("text", "part"),
     [
         ("balance", "must be one of 'none', 'balanced', got 'balance'"),
-        ("[1, 0]", "must be greater than 0.0, got 0"),
-        ("{ant: -1}", "must be greater than 0.0, got -1"),
+        ("[1, 0]", "must be at least 1e-30, got 0"),
+        ("{ant: -1}", "must be at least 1e-30, got -1"),
+        ("[1, 1.0e-300]", "must be at least 1e-30, got 1e-300"),
+        ("{ant: 1.0e+300}", "must be at most 1e+30, got 1e+300"),
         ("{ant: much}", "must be a number, got 'much'"),
         ("{1: 2}", "the key 1 in loss.class_weights must be a string"),
         ("[]", "0 weights for 10 classes"),
