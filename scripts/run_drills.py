@@ -24,6 +24,7 @@ from acmix.process.program import Arguments, run_program
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- drills: begin -->", "<!-- drills: end -->"
+_ROW = {"drill": str, "promise": str, "test": str, "survived": int, "tried": int}
 PLACES = (
     "tests/drills",
     "tests/checkpoint",
@@ -72,11 +73,26 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 def write_table(counts: Path) -> None:
-    """Replace the table in docs/RELIABILITY.md. Raises UserError if the lines around it are missing."""
+    """Replace the table in docs/RELIABILITY.md. Raises UserError for bad counts or a document without its lines."""
     before, after = _split_document()
-    rows = [json.loads(line) for line in counts.read_text(encoding="utf-8").splitlines()]
+    rows = read_counts(counts)
     write_atomically(DOCUMENT, f"{before}{BEGIN}\n\n{render(rows)}\n\n{provenance()}\n\n{END}{after}")
     print(f"Wrote {len({row['drill'] for row in rows})} drills to {DOCUMENT.relative_to(ROOT)}")
+
+
+def read_counts(file: Path) -> list[dict[str, Any]]:
+    """The rows of the report that the drills have written. Raises UserError naming the line that is none."""
+    rows = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            sound = all(isinstance(row[key], kind) for key, kind in _ROW.items())
+        except (ValueError, LookupError, TypeError):
+            sound = False
+        if not sound:
+            raise UserError(f"--report {file}:{number}: is no count of a drill; run the drills again, without --no-run")
+        rows.append(row)
+    return rows
 
 
 def _split_document() -> tuple[str, str]:
