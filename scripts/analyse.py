@@ -62,7 +62,7 @@ def analyse(arguments: Sequence[str] | None) -> int:
     if len(options.runs) > 2:
         raise UserError("analyse.py compares two runs at most")
     if options.out is not None:
-        check_figure_file("--out", options.out)
+        check_figure_file("--out", options.out, options.json)
     if options.json is not None:
         prove_writable("--json", options.json)
     runs = [open_run(run, options.images) for run in options.runs]

@@ -78,7 +78,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.steps < 10:
         raise UserError(f"--steps: {options.steps} are too few to see a curve; give at least 10")
     if options.out is not None:
-        check_figure_file("--out", options.out)
+        check_figure_file("--out", options.out, options.json)
     if options.json is not None:
         prove_writable("--json", options.json)
 

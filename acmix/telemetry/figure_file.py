@@ -12,10 +12,15 @@ if TYPE_CHECKING:
 _SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def check_figure_file(option: str, file: Path) -> None:
-    """Refuse, before any work, a picture that could not be written; raises UserError that names the option."""
+def check_figure_file(option: str, file: Path, json: Path | None = None) -> None:
+    """Refuse, before any work, a picture that could not be written, or that the file of `--json` would replace.
+
+    Raises UserError that names the option.
+    """
     if file.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{option} {file}: the name must end in .png, .svg or .pdf")
+    if json is not None and json.resolve() == file.resolve():
+        raise UserError(f"{option}, --json: both are {file}; give each a file of its own")
     prove_writable(option, file)
 
 

@@ -91,6 +91,7 @@ def test_rates_are_those_of_optimizer_lr_also_where_it_is_scaled(find: Find) -> 
         (["--from", "1", "--to", "0.1"], "--from, --to: must be 0 < FROM < TO, got 1 and 0.1"),
         (["--steps", "5"], "--steps: 5 are too few"),
         (["--out", "curve.txt"], "--out curve.txt: the name must end in .png"),
+        (["--out", "a.svg", "--json", "./a.svg"], "--out, --json: both are a.svg; give each a file of its own"),
         (["optimizer.name=sdg"], "optimizer.name"),
         (["lr=1"], "optimizer.lr"),
     ],
