@@ -68,7 +68,9 @@ class ACmix(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if heads < 1 or out_channels % heads:
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        if out_channels % heads:
             raise ValueError(
                 f"{out_channels} channels do not divide into {heads} heads: choose a multiple of {heads} channels, "
                 f"or a number of heads that divides {out_channels}"

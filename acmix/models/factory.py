@@ -44,7 +44,8 @@ def create_model(
             that is not `image_size`, or pretrained weights that cannot be had.
     """
     if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
+        known = {model.lower(): model for model in timm.list_models()}
+        nearest = [known[word] for word in difflib.get_close_matches(name.lower(), known, n=3)]
         hint = f"did you mean {', '.join(nearest)}?" if nearest else "timm.list_models() in Python lists all names."
         own = "A model of your own is known once its file is imported: docs/EXTENDING.md"
         raise UserError(f"model.name: there is no model {name!r}; {hint} {own}")

@@ -27,6 +27,7 @@ def test_timms_own_networks_are_built_too():
     ("name", "kwargs", "message"),
     [
         ("acmix_resnet25", {}, r"no model 'acmix_resnet25'; did you mean acmix_resnet"),
+        ("ACMIX_RESNET-26", {}, r"did you mean acmix_resnet26"),
         ("swin_tiny_patch4_window7_244", {}, "did you mean swin_tiny_patch4_window7_224"),
         ("hf-hub:someone/network", {}, "no model 'hf-hub:someone/network'"),
         ("my_network", {}, "lists all names. A model of your own is known once its file is imported"),
