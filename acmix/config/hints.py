@@ -14,7 +14,7 @@ _NULL_WORDS = ("none", "null", "nil", "~", "undefined")
 _BOOLEANS = {"yes": True, "on": True, "y": True, "true": True, "1": True,
              "no": False, "off": False, "n": False, "false": False, "0": False}  # fmt: skip
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "%": 0.01}
-_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.ASCII)
 _DEVICES = {
     "mps": "Apple's GPU is not supported: use cpu",
     "gpu": "write cuda",
@@ -105,9 +105,9 @@ def _read_number(text: str, *, whole: bool) -> float | None:
     text = text.partition(" #")[0].strip().lower().replace("_", "").replace("\N{NO-BREAK SPACE}", "")
     scale = text[-1:] if text[-1:] in _SCALES else ""
     text = text.removesuffix(scale)
-    if whole and re.fullmatch(r"\d{1,3}([, ]\d{3})+", text):
+    if whole and re.fullmatch(r"\d{1,3}([, ]\d{3})+", text, re.ASCII):
         text = re.sub("[, ]", "", text)
-    elif not whole and re.fullmatch(r"[-+]?\d*,\d+", text):
+    elif not whole and re.fullmatch(r"[-+]?\d*,\d+", text, re.ASCII):
         text = text.replace(",", ".")
     return float(text) * _SCALES[scale] if _NUMBER.fullmatch(text) else None
 
