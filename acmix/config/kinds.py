@@ -5,6 +5,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
 
 
 class _IsPath:
@@ -12,6 +13,13 @@ class _IsPath:
 
 
 IS_PATH = _IsPath()
+
+
+def without_nul(path: str) -> str:
+    """The path; an error of pydantic where no file system could hold it."""
+    if "\0" in path:
+        raise PydanticCustomError("nul_in_path", "must not hold the character NUL, which no path may")
+    return path
 
 
 def is_text(annotation: Any) -> bool:

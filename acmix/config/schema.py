@@ -3,11 +3,11 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 from acmix.config.class_weights import ClassWeights
 from acmix.config.image_values import ImageSize, Mean, Probability, Share, Std
-from acmix.config.kinds import IS_PATH, path_keys
+from acmix.config.kinds import IS_PATH, path_keys, without_nul
 from acmix.config.yaml import write_yaml
 from acmix.paths import escape_path
 
@@ -20,7 +20,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, IS_PATH]
+PathText = Annotated[Text, AfterValidator(without_nul), IS_PATH]
 RunName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$", max_length=200)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
 AutoAugment = Annotated[str, Field(pattern=r"^(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+[0-9]*(\.[0-9]+)?)*$")]

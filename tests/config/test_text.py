@@ -142,6 +142,16 @@ def test_a_number_in_the_file_where_text_belongs_is_answered_with_quotes(base: P
     assert 'write it in quotes: "123"' in refusal(base)
 
 
+def test_digits_that_yaml_does_not_read_are_no_number(base: Path) -> None:
+    assert refusal(base, "optimizer.lr=\u0660,\u0661").endswith("(a string)")
+    assert refusal(base, "schedule.epochs=\u0663").endswith("(a string)")
+
+
+def test_a_nul_in_a_path_is_refused_by_its_key(base: Path) -> None:
+    base.write_text(BASE + 'run: {dir: "a\\0b"}\n')
+    assert "run.dir: must not hold the character NUL, which no path may, got 'a\\x00b'" in refusal(base)
+
+
 def test_a_missing_path_is_answered_with_the_nearest_or_a_download(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").touch()
     assert missing_path_hint(tmp_path / "weigths.safetensors").endswith(f"nearest: {tmp_path}/weights.safetensors")
