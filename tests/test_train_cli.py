@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -314,6 +315,23 @@ def test_path_resumes_a_checkpoint_in_its_run_or_in_a_new_folder(train: Train) -
     assert train("--resume", second).status == 0
     rows = [json.loads(line) for line in Path("given/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "train"] == [1, 2, 3]
+
+
+def test_a_finished_run_in_a_new_folder_has_the_checkpoint_it_came_from(train: Train) -> None:
+    assert train("run.dir=given").status == 0
+    assert train("--resume", "given", "run.dir=data").status == 0
+    for name in ("last", "best"):
+        assert Path("data/checkpoints", name).resolve().name == "step_00000003"
+
+
+def test_a_run_from_another_checkpoint_that_has_none_itself_is_not_begun_again(train: Train) -> None:
+    assert train("run.dir=given", "run.checkpoint_every=1").status == 0
+    assert train("--resume", "given/checkpoints/step_00000002", "run.dir=data").status == 0
+    shutil.rmtree("data/checkpoints")
+    record = Path("data/metrics.jsonl").read_bytes()
+    Path("data/summary.json").write_text('{"status": "running"}')
+    assert_refused(train("--resume", "auto", "run.dir=data"), "data: ", "step 2", "--resume PATH", "run.dir")
+    assert Path("data/metrics.jsonl").read_bytes() == record
 
 
 @pytest.mark.parametrize(

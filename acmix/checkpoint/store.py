@@ -137,6 +137,10 @@ class CheckpointStore:
             )
         return newest
 
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step`, sound or not."""
+        return any(number == step for number, _ in list_checkpoints(self.folder))
+
     def rewind(self, step: int) -> None:
         """Move checkpoints later than `step` to `checkpoints/abandoned/`: the run goes on from `step`.
 

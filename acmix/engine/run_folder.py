@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def choose_run(config: Config, resume: str) -> RunChoice:
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir: {folder} is not a folder; choose another run.dir")
     if (restarted := _run_of_this_launcher(config, folder)) is not None:
-        return _continue_restarted(restarted)
+        return _continue_restarted(restarted, resume)
     if resume == "none":
         if folder is not None and holds_run(folder):
             raise UserError(
@@ -183,13 +184,37 @@ def _run_of_this_launcher(config: Config, folder: Path | None) -> Path | None:
     return next((run for run in candidates if read_summary(run).get("launcher") == launcher_id()), None)
 
 
-def _continue_restarted(folder: Path) -> RunChoice:
+def _continue_restarted(folder: Path, resume: str) -> RunChoice:
     status = read_summary(folder).get("status")
     if status == "requeue":
         return RunChoice(folder, status=REQUEUE, message=f"{folder} was stopped by a signal and is not restarted here")
     if status == "done":
         return RunChoice(folder, status=0, message=f"{folder} is finished")
+    if resume not in ("none", "auto") and not list_checkpoints(folder / CHECKPOINTS):
+        return RunChoice(folder, checkpoint=Path(expand_path(resume, "--resume")))
+    return _continue_or_begin(folder)
+
+
+def _continue_or_begin(folder: Path) -> RunChoice:
+    """Continue the run in a folder, or begin it again where it ended before its first save.
+
+    Raises UserError where the run did not begin at its first step and the checkpoint that it went on from is not there.
+    """
+    if not list_checkpoints(folder / CHECKPOINTS) and (step := _resumed_from(folder)):
+        raise UserError(
+            f"{folder}: went on from a checkpoint of step {step}, and has none of its own; give that checkpoint with "
+            "--resume PATH and another run.dir"
+        )
     return RunChoice(folder, checkpoint=folder, or_begin=True)
+
+
+def _resumed_from(folder: Path) -> int | None:
+    """The step of the checkpoint that the latest attempt at a run went on from; None where it began."""
+    step = read_summary(folder).get("resumed_from")
+    with suppress(OSError):  # who writes there will say so
+        for row in read_rows(folder / METRICS):
+            step = row.get("resumed_from", step)
+    return step if isinstance(step, int) else None
 
 
 def _choose_automatically(config: Config, folder: Path | None) -> RunChoice:
@@ -198,10 +223,10 @@ def _choose_automatically(config: Config, folder: Path | None) -> RunChoice:
             return RunChoice(folder)
         if read_summary(folder).get("status") == "done" and (ended := _nothing_to_do(config, folder)):
             return RunChoice(folder, status=0, message=ended)
-        return RunChoice(folder, checkpoint=folder, or_begin=True)
+        return _continue_or_begin(folder)
     unfinished = [run for run in _runs_named(config) if read_summary(run).get("status") != "done"]
     unfinished.sort(key=holds_run, reverse=True)  # those without an update last
-    return RunChoice(unfinished[0], checkpoint=unfinished[0], or_begin=True) if unfinished else RunChoice()
+    return _continue_or_begin(unfinished[0]) if unfinished else RunChoice()
 
 
 def _nothing_to_do(config: Config, folder: Path) -> str | None:

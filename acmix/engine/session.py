@@ -93,6 +93,10 @@ class Session:
         self._log = self.dist.all_or_none(lambda: self._open_log(step))
         self._open = True
 
+    def holds(self, step: int) -> bool:
+        """Whether the run folder has a checkpoint of `step`; all ranks call it together."""
+        return bool(self.dist.from_main(self.dist.is_main and self.store.holds(step)))
+
     def _open_log(self, step: int) -> RunLog:
         assert self.folder is not None
         loggers = self.config.run.loggers
@@ -138,10 +142,10 @@ class Session:
         self._lock(folder)
         store = self._store or self._open_store(folder)
         store.rewind(step)
+        self.folder = folder
+        self.summarise("running", resumed_from=step or None)
         write_atomically(folder / CONFIG, self.config.dump())
         write_atomically(folder / CLASSES, json.dumps(classes, indent=1, ensure_ascii=False) + "\n")
-        self.folder = folder
-        self.summarise("running")
         return folder
 
     def _lock(self, folder: Path) -> None:

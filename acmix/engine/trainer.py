@@ -97,6 +97,7 @@ class Trainer:
         """
         learner, progress, log = self.learner, self.progress, self.session.log
         self._log_start()
+        self._save_if_from_elsewhere()
         stopped = self._asked_to_stop()
         while not (stopped or self._is_complete()):
             learner.model.train()
@@ -297,6 +298,13 @@ class Trainer:
                 **({PROGRESS: learner.new} if learner.new else {}),
             },
         )
+
+    def _save_if_from_elsewhere(self) -> None:
+        """Save the checkpoint of another folder that this run goes on from: its own folder must do to resume it."""
+        progress = self.progress
+        if self._saved_at is not None and not self.session.holds(progress.step):
+            self._save(best=progress.best is not None and progress.best["step"] == progress.step)
+            self.saver.wait()
 
     def _save_where_stopped(self) -> None:
         """Save the state after the last step, unless that is on disk already."""

@@ -1,7 +1,9 @@
 """An interrupted run, resumed, ends bit-identical to one that was never interrupted, and logs every step once."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +61,27 @@ def test_run_stopped_in_its_evaluation_evaluates_when_resumed(
     run_training(tmp_path / "resumed", *common, *stop, status=75)
     run_training(tmp_path / "resumed", *common, "--resume", "auto")
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.drill)])
+def test_a_run_continued_in_a_new_folder_and_killed_at_its_first_step_goes_on_from_there(
+    ranks: int, tmp_path: Path, run_training: Training, start_training: Any, assert_same_end: Compare,
+    report: Callable[..., None],
+) -> None:  # fmt: skip
+    common = [*EVERYTHING, "schedule.steps=6"]
+    whole, branch = tmp_path / "whole", tmp_path / "branch"
+    run_training(whole, *common, "run.checkpoint_every=4", ranks=ranks)
+    killed = [*fault("SIGKILL", 1, rank=ranks - 1), "--resume", whole / "checkpoints" / "step_00000004"]
+    for program in start_training(branch, *common, *killed, ranks=ranks):
+        assert program.wait() != 0
+    assert (branch / "checkpoints" / "last" / "manifest.json").is_file()
+    run_training(branch, *common, "--resume", "auto", ranks=ranks)
+    assert_same_end(whole, branch)
+    rows = [json.loads(line) for line in (branch / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "train"] == [5, 6]
+    report(
+        "SIGKILL at the first step of a run continued in a new run.dir",
+        "Resumed there with --resume auto, the run ends bit-identical to the one it came from",
+        1,
+        1,
+    )
