@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from acmix.config import RunConfig
 from acmix.errors import UserError
 from acmix.process.program import ReportedElsewhere, RunFailure
+from acmix.process.signals import ending_with_launcher
 from acmix.process.watchdog import Watchdog
 
 Result = TypeVar("Result")
@@ -66,16 +67,10 @@ class Distributed:
             return cls(rank, world_size, local_rank, device, watchdog)
         # The watchdog reports a hang with rank and step; the group's own timeout is the fallback.
         timeout = timedelta(seconds=run.timeout + 60)
-        store, token = _meet(rank, world_size, timeout)
-        group: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch_distributed.init_process_group("nccl", device_id=device, **group)
-            control: Any = torch_distributed.new_group(backend="gloo", timeout=timeout)
-        else:
-            torch_distributed.init_process_group("gloo", **group)
-            control = torch_distributed.group.WORLD
-        watchdog.start(token)
+        with ending_with_launcher():
+            store, token = _meet(rank, world_size, timeout)
+            control = _join(device, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            watchdog.start(token)
         return cls(rank, world_size, local_rank, device, watchdog, control)
 
     @property
@@ -200,6 +195,16 @@ def _meet(rank: int, world_size: int, timeout: timedelta) -> tuple[torch_distrib
             )
         time.sleep(0.02)
     return torch_distributed.PrefixStore(f"acmix/{name}", store), name
+
+
+def _join(device: torch.device, **group: Any) -> Any:
+    """Form the group that exchanges gradients; returns the one for small messages."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch_distributed.init_process_group("nccl", device_id=device, **group)
+        return torch_distributed.new_group(backend="gloo", timeout=group["timeout"])
+    torch_distributed.init_process_group("gloo", **group)
+    return torch_distributed.group.WORLD
 
 
 def _pick_device(wanted: str, local_rank: int) -> torch.device:

@@ -10,7 +10,8 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import acmix.process.compiled  # noqa: F401 - it reads the environment before PyTorch writes there
+import acmix.process.compiled  # it reads the environment before PyTorch writes there
+import acmix.process.launcher  # noqa: F401 - it reads this process's parent while it has one
 from acmix.errors import UserError
 from acmix.paths import path_argument
 from acmix.process.output import flush_output, unfailing_output

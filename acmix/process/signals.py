@@ -9,9 +9,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from acmix.process.launcher import launcher_is_gone
 from acmix.process.program import REQUEUE, end_now
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -20,6 +23,7 @@ _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 ECHO_SECONDS = 0.5
 """A terminal signals the workers as well as the launcher, which passes it on: that echo is not a second request."""
 _DEFAULT_ACTION = 0  # SIG_DFL
+_POLL_SECONDS = 1.0
 
 
 class StopSignals:
@@ -40,7 +44,6 @@ class StopSignals:
         self._since = 0.0
         self._begun = False
         self._sealed = False
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> Self:
         """Take over the signals; only possible in the main thread."""
@@ -71,22 +74,18 @@ class StopSignals:
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop, or lost its launcher, which would restart or end it."""
-        return self.received is not None or self._orphaned
+        return self.received is not None or launcher_is_gone()
 
     @property
     def reason(self) -> str:
         """What asked for the stop, for messages."""
         if self.received is not None:
             return self.received.name
-        return "the end of the launcher" if self._orphaned else "a signal to another rank"
+        return "the end of the launcher" if launcher_is_gone() else "a signal to another rank"
 
     def seal(self) -> None:
         """Ignore further signals: the work is on disk, and a launcher signals ranks that end later than the first."""
         self._sealed = True
-
-    @property
-    def _orphaned(self) -> bool:
-        return self._launcher is not None and os.getppid() != self._launcher
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self._sealed and self.received is None:
@@ -109,3 +108,24 @@ class StopSignals:
             # signal.signal works only in the main thread, which may be stuck; the C function works in any.
             ctypes.CDLL(None).signal(number, _DEFAULT_ACTION)
             os.kill(os.getpid(), number)
+
+
+@contextmanager
+def ending_with_launcher() -> Iterator[None]:
+    """Inside, this process ends, with the status that asks for a requeue, soon after its torchrun is gone.
+
+    For waits in which the main thread is inside a library: the processes that it waits for may be gone as well.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            if launcher_is_gone():
+                end_now(REQUEUE)
+            over.wait(_POLL_SECONDS)
+
+    threading.Thread(target=watch, name="acmix-launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

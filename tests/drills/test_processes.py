@@ -177,6 +177,24 @@ def test_signal_to_the_launcher_stops_and_saves(
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_processes_whose_launcher_is_killed_before_they_meet_end(
+    program: str, tmp_path: Path, launcher: Any, report: Report
+) -> None:
+    checkpoint = tmp_path / "weights.pth"
+    checkpoint.touch()
+    more = ["--checkpoint", checkpoint] if program == "eval.py" else []
+    root = HERE.parents[1]
+    command = [root / program, "--config", root / "configs" / "quickstart.yaml", *more, f"run.dir={tmp_path / 'run'}"]
+    torchrun = launcher.start(TORCHRUN, "--nproc-per-node", 2, *command)
+    assert torchrun.wait_for(lambda: len(processes_of(tmp_path / "run")) == 2), torchrun.errors
+    os.kill(torchrun.pid, signal.SIGKILL)
+    torchrun.wait()
+    assert_nobody_is_left(tmp_path / "run", 60)
+    report("SIGKILL to the launcher before its processes have met", "They end by themselves; nobody is left", 1, 1)
+
+
+@pytest.mark.drill
 def test_stopped_run_is_not_trained_on_by_the_launcher_that_restarts_it(
     tmp_path: Path, start_launcher: Training
 ) -> None:

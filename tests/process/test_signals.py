@@ -2,13 +2,30 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from acmix.process import launcher as launcher_module
 from acmix.process.signals import ECHO_SECONDS, HANDLED, StopSignals
+
+LEFT_BEHIND = """
+import os, signal
+reader, writer = os.pipe()
+if os.fork():
+    os.read(reader, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+from acmix.process import program
+from acmix.config import RunConfig
+from acmix.process.distributed import Distributed
+os.write(writer, b".")
+Distributed.start(RunConfig(device="cpu", timeout=60))
+"""
 
 
 @pytest.fixture
@@ -92,6 +109,23 @@ def test_loss_of_the_launcher_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     watching = StopSignals()
     assert not watching.requested
-    monkeypatch.setattr(watching, "_launcher", os.getppid() + 1)
+    monkeypatch.setattr(launcher_module, "_parent", os.getppid() + 1)
     assert watching.requested
     assert watching.reason == "the end of the launcher"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_waits_for_the_others_ends_with_its_launcher(rank: str, tmp_path: Path, launcher: Any) -> None:
+    """Nobody else is in the group: rank 0 waits for a rank to arrive, rank 1 for an answer of rank 0's port."""
+    (tmp_path / "left_behind.py").write_text(LEFT_BEHIND)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group |= {"TORCHELASTIC_RUN_ID": "none", "ACMIX_STATUS_FOLDER": str(tmp_path)}
+    parent = launcher.start(tmp_path / "left_behind.py", env=group, fresh=True)
+    assert parent.wait(30) == -signal.SIGKILL, parent.errors
+    left = tmp_path / "0-0"
+    deadline = time.monotonic() + 10
+    while not left.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left.read_text() == "75", parent.errors
