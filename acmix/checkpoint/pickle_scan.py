@@ -4,7 +4,9 @@ import io
 import pickletools
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,14 +17,20 @@ _GET_OPCODES = frozenset({"GET", "BINGET", "LONG_BINGET"})
 _PUT_OPCODES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 # A legacy torch file is a few pickles in a row, then raw storages; a hostile file may hold any number of pickles.
 _MAX_PICKLES = 16
+# A few thousand bytes of a hostile archive may stand for any number; the pickles of real weights fit in a few million.
+_MAX_BYTES = 64 << 20
+_MAX_OPCODES = 4_000_000
+_MAX_GLOBALS = 1000
+_MAX_NAME = 256
+_READ_IN_PARTS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile inflates a block of another kind as a whole
 _TORCH_TAR_PICKLES = ("sys_info", "pickle", "storages", "tensors")
 
 
 def scan_globals(path: Path) -> list[str]:
     """Every global, as `module.name`, that the pickles in a .pt/.pth/.pkl/.tar file refer to, without repeats.
 
-    Reads torch's zip format, its legacy formats (several pickles in a row, a tar) and bare pickles; of a damaged file,
-    as much as can be read. Raises OSError when the file cannot be opened.
+    Reads torch's zip format, its legacy formats (several pickles in a row, a tar) and bare pickles; of a damaged or
+    very large file, as much as can be read in 64 MiB. Raises OSError when the file cannot be opened.
     """
     found: dict[str, None] = {}
     for stream in _pickle_streams(path):
@@ -35,23 +43,30 @@ def scan_globals(path: Path) -> list[str]:
 def _pickle_streams(path: Path) -> Iterator[BinaryIO]:
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith((".pkl", ".pickle")) or name.endswith("data.pkl"):
-                    yield io.BytesIO(archive.read(name))
+            left = _MAX_BYTES
+            for item in archive.infolist():
+                if item.filename.endswith((".pkl", ".pickle")) and item.compress_type in _READ_IN_PARTS:
+                    with archive.open(item) as record:
+                        data = record.read(left)
+                    left -= len(data)
+                    yield io.BytesIO(data)
         return
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError):
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError):
         pass  # not a zip archive, or a broken one: try the next format
+    with path.open("rb") as file:
+        start = io.BytesIO(file.read(_MAX_BYTES))
     try:
-        with tarfile.open(path, mode="r:") as archive_tar:
+        with tarfile.open(fileobj=start, mode="r:") as archive_tar:
             for member in archive_tar:
-                stream = archive_tar.extractfile(member) if member.name in _TORCH_TAR_PICKLES else None
+                wanted = member.name in _TORCH_TAR_PICKLES and not member.issparse()
+                stream = archive_tar.extractfile(member) if wanted else None
                 if stream is not None:
                     yield io.BytesIO(stream.read())
         return
-    except tarfile.TarError:
-        pass  # not a tar either: bare pickles
-    with path.open("rb") as file:
-        yield file
+    except (tarfile.TarError, RecursionError):
+        pass  # not a tar either, or headers of headers of headers: bare pickles
+    start.seek(0)
+    yield start
 
 
 def _scan_one(stream: BinaryIO, found: dict[str, None]) -> bool:
@@ -60,9 +75,9 @@ def _scan_one(stream: BinaryIO, found: dict[str, None]) -> bool:
     memo: dict[int, str | None] = {}
     last: str | None = None
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for opcode, argument, _ in islice(pickletools.genops(stream), _MAX_OPCODES):
             if opcode.name in ("GLOBAL", "INST"):
-                found[str(argument).replace(" ", ".", 1)] = None
+                found[str(argument)[:_MAX_NAME].replace(" ", ".", 1)] = None
                 last = None
             elif opcode.name == "STACK_GLOBAL":
                 found[".".join(strings[-2:]) or "a computed global"] = None
@@ -71,6 +86,7 @@ def _scan_one(stream: BinaryIO, found: dict[str, None]) -> bool:
                 found[f"copyreg extension {argument}"] = None
             elif opcode.name in _STRING_OPCODES:
                 last = argument.decode("utf-8", "replace") if isinstance(argument, bytes) else str(argument)
+                last = last[:_MAX_NAME]
                 strings.append(last)
             elif opcode.name in _GET_OPCODES:
                 last = memo.get(int(str(argument)))
@@ -82,6 +98,8 @@ def _scan_one(stream: BinaryIO, found: dict[str, None]) -> bool:
                 memo[len(memo)] = last
             else:
                 last = None
-        return True
+            if len(found) >= _MAX_GLOBALS:
+                return False
+        return opcode.name == "STOP"
     except (ValueError, IndexError, KeyError, EOFError, UnicodeError, OverflowError, MemoryError):
         return False

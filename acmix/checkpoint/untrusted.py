@@ -118,6 +118,8 @@ def _refusal(path: Path, error: BaseException) -> UserError:
         found = scan_globals(path)
     except OSError as cause:
         return UserError(f"{path}: cannot be read ({cause.strerror})")
+    except MemoryError:
+        found = []  # why it was refused is known all the same
     refused = [name for name in found if not _is_allowed(name)]
     if refused:
         return UserError(

@@ -9,6 +9,7 @@ import pickletools
 import struct
 import sys
 import tarfile
+import tracemalloc
 import types
 import warnings
 import zipfile
@@ -310,6 +311,60 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
             archive.writestr(name, data)
     with pytest.raises(UserError, match="compressed records"):
         load_state_dict_file(path)
+
+
+def as_zip_bomb(path: Path, compression: int) -> None:
+    archive = zipfile.ZipFile(path, "w", compression, compresslevel=1)
+    with archive, archive.open("archive/data.pkl", "w", force_zip64=True) as record:
+        for _ in range(512):
+            record.write(bytes(1 << 20))
+
+
+def as_sparse_tar(path: Path) -> None:
+    """A tar of 3 kB whose member `pickle` is 512 MiB of nothing."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("pickle")
+        member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(512 << 20)}
+        archive.addfile(member)
+
+
+def as_nested_tar_headers(path: Path) -> None:
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 1
+    path.write_bytes((name.tobuf() + bytes(512)) * 2000)
+
+
+def as_pairs_of_long_names(path: Path) -> None:
+    """Every pair of 300 names of 64 KiB is asked for: 11 GiB of names in a file of 20 MB."""
+    names = b"".join(b"X" + struct.pack("<I", 1 << 16) + b"%5d" % number * 13107 + b"a\x94" for number in range(300))
+    pairs = b"".join(b"j" + struct.pack("<I", first) + b"j" + struct.pack("<I", second) + b"\x93"
+                     for first in range(300) for second in range(300))  # fmt: skip
+    path.write_bytes(b"\x80\x04" + names + pairs + b".")
+
+
+@pytest.mark.parametrize(
+    ("make", "suffix"),
+    [
+        pytest.param(lambda path: as_zip_bomb(path, zipfile.ZIP_DEFLATED), ".pth", id="deflated"),
+        pytest.param(lambda path: as_zip_bomb(path, zipfile.ZIP_BZIP2), ".pth", id="bzip2", marks=pytest.mark.slow),
+        pytest.param(as_sparse_tar, ".tar", id="sparse tar"),
+        pytest.param(as_nested_tar_headers, ".tar", id="nested tar headers"),
+        pytest.param(as_pairs_of_long_names, ".pkl", id="pairs of long names"),
+    ],
+)
+def test_a_small_file_that_stands_for_a_large_one_is_refused_in_little_memory(
+    make: Callable[[Path], None], suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"bomb{suffix}"
+    make(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"bomb\.\w+: (damaged|refused)"):
+            load_state_dict_file(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 256 << 20
 
 
 @pytest.mark.parametrize(
