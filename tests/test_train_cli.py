@@ -335,6 +335,37 @@ def test_a_run_from_another_checkpoint_that_has_none_itself_is_not_begun_again(t
 
 
 @pytest.mark.parametrize(
+    ("summary", "left", "sign"),
+    [
+        ("done", [], "the run ended as done"),
+        ("requeue", [], "the run ended as requeue"),
+        ("running", ["best"], "its link best is there"),
+        ("running", [], "its record goes up to step 3, beyond two saves"),
+    ],
+)
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
+    summary: str, left: list[str], sign: str, train: Train
+) -> None:
+    assert train("run.dir=given", "run.checkpoint_every=1").status == 0
+    for path in Path("given/checkpoints").iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in left:
+            path.unlink()
+    Path("given/summary.json").write_text(json.dumps({"status": summary}))
+    record = Path("given/metrics.jsonl").read_bytes()
+    assert_refused(train("--resume", "auto", "run.dir=given"), "given: ", sign, "another run.dir")
+    assert Path("given/metrics.jsonl").read_bytes() == record
+
+
+def test_a_run_killed_before_its_first_save_is_begun_again(train: Train) -> None:
+    assert train("run.dir=given", "run.checkpoint_every=2").status == 0
+    shutil.rmtree("given/checkpoints")
+    Path("given/summary.json").write_text('{"status": "running"}')
+    assert train("--resume", "auto", "run.dir=given").status == 0
+
+
+@pytest.mark.parametrize(
     ("change", "part"),
     [("data.batch_size=8", "16 images per update"), ("run.seed=1", "run.seed"), ("model.name=test_resnet2", "model")],
 )

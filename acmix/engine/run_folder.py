@@ -198,23 +198,34 @@ def _continue_restarted(folder: Path, resume: str) -> RunChoice:
 def _continue_or_begin(folder: Path) -> RunChoice:
     """Continue the run in a folder, or begin it again where it ended before its first save.
 
-    Raises UserError where the run did not begin at its first step and the checkpoint that it went on from is not there.
+    Raises UserError where it has no checkpoint though it must have had one: its record would be lost for nothing.
     """
-    if not list_checkpoints(folder / CHECKPOINTS) and (step := _resumed_from(folder)):
+    saved = folder / CHECKPOINTS
+    if not list_checkpoints(saved) and (sign := _sign_of_a_checkpoint(folder)):
         raise UserError(
-            f"{folder}: went on from a checkpoint of step {step}, and has none of its own; give that checkpoint with "
-            "--resume PATH and another run.dir"
+            f"{folder}: {sign}, but there is no checkpoint in {saved}; put it back, give one that lies elsewhere with "
+            "--resume PATH and another run.dir, or begin again with another run.dir"
         )
     return RunChoice(folder, checkpoint=folder, or_begin=True)
 
 
-def _resumed_from(folder: Path) -> int | None:
-    """The step of the checkpoint that the latest attempt at a run went on from; None where it began."""
-    step = read_summary(folder).get("resumed_from")
+def _sign_of_a_checkpoint(folder: Path) -> str | None:
+    """What shows that a run has saved or went on from a checkpoint; None for one that may have been killed before."""
+    summary = read_summary(folder)
+    step = summary.get("resumed_from")
+    if summary.get("status") in ("done", "requeue"):
+        return f"the run ended as {summary['status']}"
+    if link := next((name for name in ("last", "best") if (folder / CHECKPOINTS / name).is_symlink()), None):
+        return f"its link {link} is there"
+    every = 0
     with suppress(OSError):  # who writes there will say so
         for row in read_rows(folder / METRICS):
-            step = row.get("resumed_from", step)
-    return step if isinstance(step, int) else None
+            if row["event"] == "start":
+                step = row.get("resumed_from") or step
+                every = row.get("config", {}).get("run", {}).get("checkpoint_every", 0)
+            elif row.get("epoch", 0) > 2 or 0 < 2 * every < row["step"]:
+                return f"its record goes up to step {row['step']}, beyond two saves"  # a save waits for the one before
+    return f"it went on from a checkpoint of step {step}" if step else None
 
 
 def _choose_automatically(config: Config, folder: Path | None) -> RunChoice:
