@@ -39,12 +39,13 @@ class RunChoice:
 
     folder: the run folder; None for a new one named after the time. checkpoint: the run or checkpoint to continue from;
     None to begin. or_begin: begin if the run to continue has no checkpoint yet. status, message: set when there is
-    nothing to do.
+    nothing to do. new: the folder must hold no run, which whoever has locked it finds out for good (`refuse_held`).
     """
 
     folder: Path | None = None
     checkpoint: Path | None = None
     or_begin: bool = False
+    new: bool = False
     status: int | None = None
     message: str = ""
 
@@ -60,14 +61,26 @@ def choose_run(config: Config, resume: str) -> RunChoice:
     if (restarted := _run_of_this_launcher(config, folder)) is not None:
         return _continue_restarted(restarted, resume)
     if resume == "none":
-        if folder is not None and holds_run(folder):
-            raise UserError(
-                f"run.dir: {folder} already holds a run; continue it with --resume auto, or choose another run.dir"
-            )
-        return RunChoice(folder)
+        if folder is not None:
+            refuse_held(folder)
+        return RunChoice(folder, new=True)
     if resume == "auto":
         return _choose_automatically(config, folder)
     return _choose_explicitly(Path(expand_path(resume, "--resume")), folder)
+
+
+def refuse_held(folder: Path, checkpoint: Path | None = None) -> None:
+    """UserError where a folder holds a run, and is to hold one that begins or goes on from a checkpoint elsewhere."""
+    if not holds_run(folder):
+        return
+    if checkpoint is None:
+        raise UserError(
+            f"run.dir: {folder} already holds a run; continue it with --resume auto, or choose another run.dir"
+        )
+    raise UserError(
+        f"run.dir: {folder} already holds another run than --resume {checkpoint}; choose another run.dir, or leave it "
+        "out to go on in the run the checkpoint belongs to"
+    )
 
 
 def holds_run(folder: Path) -> bool:
@@ -231,7 +244,7 @@ def _sign_of_a_checkpoint(folder: Path) -> str | None:
 def _choose_automatically(config: Config, folder: Path | None) -> RunChoice:
     if folder is not None:
         if not _has_traces(folder):
-            return RunChoice(folder)
+            return RunChoice(folder, new=True)
         if read_summary(folder).get("status") == "done" and (ended := _nothing_to_do(config, folder)):
             return RunChoice(folder, status=0, message=ended)
         return _continue_or_begin(folder)
@@ -277,12 +290,8 @@ def _choose_explicitly(path: Path, folder: Path | None) -> RunChoice:
         owner = None
     if folder is None or (owner is not None and folder.resolve() == owner.resolve()):
         return RunChoice(owner, checkpoint=path)
-    if holds_run(folder):
-        raise UserError(
-            f"run.dir: {folder} already holds another run than --resume {path}; choose another run.dir, or leave it "
-            "out to go on in the run the checkpoint belongs to"
-        )
-    return RunChoice(folder, checkpoint=path)
+    refuse_held(folder, path)
+    return RunChoice(folder, checkpoint=path, new=True)
 
 
 def _runs_named(config: Config) -> list[Path]:

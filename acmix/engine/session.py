@@ -14,7 +14,7 @@ from acmix.checkpoint.store import CheckpointStore
 from acmix.config import Config
 from acmix.config.resume import Changes, changed_keys, refuse_fixed, settled, with_loader
 from acmix.engine.lock import RunLock
-from acmix.engine.run_folder import CLASSES, COMPILED, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder
+from acmix.engine.run_folder import CLASSES, COMPILED, CONFIG, SUMMARY, RunChoice, launcher_id, new_folder, refuse_held
 from acmix.errors import UserError
 from acmix.json_text import json_text
 from acmix.process.compiled import keep_compiled
@@ -151,6 +151,8 @@ class Session:
     def _lock(self, folder: Path) -> None:
         if self.folder is None:
             self._held.enter_context(RunLock(folder))
+            if self.choice.new:  # another process may have used the folder since it was chosen
+                refuse_held(folder, self.choice.checkpoint)
             self.folder = folder
 
     def _open_store(self, folder: Path) -> CheckpointStore:

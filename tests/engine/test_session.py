@@ -1,5 +1,6 @@
 """A run picked up again: which checkpoint it goes on from, and at what cost."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from acmix.checkpoint.snapshot import Snapshot
 from acmix.checkpoint.store import CheckpointStore
 from acmix.config import Config, load_config
-from acmix.engine.run_folder import choose_run
+from acmix.engine.lock import RunLock
+from acmix.engine.run_folder import RunChoice, choose_run
 from acmix.engine.session import Session
+from acmix.errors import UserError
 from acmix.process.distributed import Distributed
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -28,6 +31,12 @@ def config(tmp_path: Path) -> Config:
 def load(config: Config, resume: str) -> Snapshot | None:
     with Distributed.start(config.run) as dist, Session(choose_run(config, resume), config, dist) as session:
         return session.load()
+
+
+def load_and_open(choice: RunChoice, config: Config) -> None:
+    with Distributed.start(config.run) as dist, Session(choice, config, dist) as session:
+        snapshot = session.load()
+        session.open(["0", "1"], 0 if snapshot is None else snapshot.step)
 
 
 def bytes_read() -> int:
@@ -55,3 +64,19 @@ def test_a_resume_falls_back_to_the_newest_sound_checkpoint(
     assert snapshot is not None
     assert snapshot.step == 1
     assert capfd.readouterr().err.count("warning: checkpoint left out") == 1
+
+
+@pytest.mark.parametrize(("resume", "part"), [("none", "a run"), ("auto", "a run"), ("given", "another run than")])
+def test_a_folder_that_another_process_used_since_it_was_chosen_is_left_alone(
+    resume: str, part: str, config: Config, tmp_path: Path
+) -> None:
+    given, folder = tmp_path, tmp_path / "new"
+    config = load_config(QUICKSTART, [f"run.dir={folder}", "run.device=cpu"])
+    choice = choose_run(config, str(given) if resume == "given" else resume)
+    shutil.copytree(given / "checkpoints", folder / "checkpoints", symlinks=True)
+    with RunLock(folder):
+        pass
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=rf"run\.dir: {folder} already holds {part}"):
+        load_and_open(choice, config)
+    assert sorted(folder.rglob("*")) == before
