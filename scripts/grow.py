@@ -28,6 +28,7 @@ from tqdm import tqdm
 from acmix import models
 from acmix.checkpoint.atomic import prove_writable, replacing
 from acmix.checkpoint.grown import METADATA
+from acmix.checkpoint.layout import names_something
 from acmix.checkpoint.weights import pick_weights
 from acmix.config import Config, data_config, load_config
 from acmix.data.loader import Data, build_data
@@ -129,7 +130,7 @@ def _read(text: str) -> Source:
         network = _timm(text.removeprefix("timm:"))
         return Source(network.state_dict(), network=network)
     path = Path(expand_path(text, "--from"))
-    if not path.exists():
+    if not names_something(path):
         raise UserError(f"--from {path}: no such run, checkpoint or weights file{missing_path_hint(path)}")
     config = config_of_run(path)
     weights, classes = pick_weights(path)

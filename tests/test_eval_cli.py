@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -229,3 +230,13 @@ def test_images_that_the_model_cannot_take_are_refused(evaluate: Evaluate, tmp_p
     assert_refused(evaluate(*options), "model.kwargs.img_size=24", "data.image_size=32", "Input height (24)")
     assert not Path("result.json").exists()
     assert evaluate(*options, "data.image_size=32").result["count"] == 360
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_checkpoint_that_a_killed_save_was_replacing_is_evaluated(
+    name: str, run_dir: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "run", symlinks=True)
+    saved = copy / "checkpoints"
+    (saved / "step_00000002").rename(saved / f".old-step_00000002-{2**22 + 1}")
+    assert evaluate("--checkpoint", saved / name).result["count"] == 360

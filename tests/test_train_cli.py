@@ -286,6 +286,17 @@ def test_auto_prefers_a_run_with_updates_to_a_newer_one_without(train: Train) ->
     assert (empty / "config.yaml").read_text() == ""
 
 
+@pytest.mark.parametrize("name", ["last", "best", "step_00000003"])
+def test_a_checkpoint_that_a_killed_save_was_replacing_goes_by_its_names(name: str, train: Train) -> None:
+    assert train("run.dir=given").status == 0
+    saved = Path("given/checkpoints")
+    (saved / "step_00000003").rename(saved / f".old-step_00000003-{2**22 + 1}")
+    again = train("--resume", str(saved / name), "schedule.steps=4", "schedule.epochs=2")
+    assert again.status == 0, again.err
+    assert "given" in again.out.splitlines()[-1]
+    assert (saved / "last").resolve().name == "step_00000004"
+
+
 def test_auto_says_that_a_given_run_is_finished_and_begins_a_new_one_by_name(train: Train) -> None:
     assert train("--resume", "auto", "run.dir=given").status == 0
     outcome = train("--resume", "auto", "run.dir=given")

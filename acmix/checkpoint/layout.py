@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from acmix.checkpoint.atomic import is_leftover_of_dead_process
+from acmix.checkpoint.atomic import is_leftover_of_dead_process, link_target
 
 CHECKPOINTS = "checkpoints"
 ABANDONED = "abandoned"
@@ -41,6 +41,20 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
         if match and (step := step_of(match.group(1))) is not None:
             found.setdefault(step, folder / name)
     return list(found.items())
+
+
+def replaced_checkpoint(path: Path) -> Path | None:
+    """Where the checkpoint of a path (`step_XXXXXXXX`, `last`, `best`) is that a killed save was about to replace.
+
+    None where there is no such checkpoint.
+    """
+    step = step_of(link_target(path) or path.name)
+    return None if step is None else dict(list_checkpoints(path.parent)).get(step)
+
+
+def names_something(path: Path) -> bool:
+    """Whether a path given by a person leads to a file, a folder or a checkpoint that was being replaced."""
+    return path.exists() or replaced_checkpoint(path) is not None
 
 
 def clean_leftovers(folder: Path) -> None:

@@ -10,8 +10,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from acmix.checkpoint.atomic import link_target
-from acmix.checkpoint.layout import CHECKPOINTS, list_checkpoints, step_of
+from acmix.checkpoint.layout import CHECKPOINTS, list_checkpoints, replaced_checkpoint
 from acmix.checkpoint.manifest import (
     EMA_FILE,
     MANIFEST_NAME,
@@ -114,10 +113,7 @@ def read_checkpoint(path: Path, prefer: Literal["last", "best"] = "last") -> Sou
             f"new run from these weights with model.checkpoint={path}"
         )
     if not path.is_dir():
-        # A save killed while it replaced this step has left the old checkpoint under another name.
-        step = step_of(link_target(path) or path.name)
-        replaced = dict(list_checkpoints(path.parent)).get(-1 if step is None else step)
-        if replaced is not None:
+        if (replaced := replaced_checkpoint(path)) is not None:
             return SoundCheckpoint.read(replaced)
         raise UserError(
             f"{path}: no such checkpoint; give a run folder, a folder checkpoints/step_XXXXXXXX or its `last`"

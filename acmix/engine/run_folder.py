@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acmix.checkpoint.layout import ABANDONED, CHECKPOINTS, list_checkpoints
+from acmix.checkpoint.layout import ABANDONED, CHECKPOINTS, list_checkpoints, names_something
 from acmix.checkpoint.manifest import PROGRESS_FILE
 from acmix.config import Config
 from acmix.config.resume import changed_keys, refuse_fixed
@@ -137,7 +137,7 @@ def find_config(checkpoint: str, config: str | None) -> tuple[Path, Path]:
     Raises UserError when the path does not exist, or no config is given and none is found.
     """
     path = Path(expand_path(checkpoint, "--checkpoint"))
-    if not path.exists():
+    if not names_something(path):
         raise UserError(f"--checkpoint {path}: no such run, checkpoint or weights file{missing_path_hint(path)}")
     if config is not None:
         return path, Path(config)
@@ -276,7 +276,7 @@ def _nothing_to_do(config: Config, folder: Path) -> str | None:
 
 
 def _choose_explicitly(path: Path, folder: Path | None) -> RunChoice:
-    if not path.exists():
+    if not names_something(path):
         raise UserError(
             f"--resume {path}: no such run or checkpoint; give none, auto, a run folder or a checkpoint"
             + missing_path_hint(path)
