@@ -80,3 +80,20 @@ def test_a_folder_that_another_process_used_since_it_was_chosen_is_left_alone(
     with pytest.raises(UserError, match=rf"run\.dir: {folder} already holds {part}"):
         load_and_open(choice, config)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_workers_restarted_before_the_first_save_go_on_from_the_checkpoint_given(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, folder = tmp_path / "checkpoints" / "step_00000001", tmp_path / "new"
+    folder.mkdir()
+    (folder / "summary.json").write_text('{"status": "running", "launcher": "job", "resumed_from": 1}')
+    config = load_config(QUICKSTART, [f"run.dir={folder}", "run.device=cpu"])
+    with pytest.raises(UserError, match="it went on from a checkpoint of step 1"):
+        choose_run(config, "auto")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    choice = choose_run(config, str(given))
+    assert (choice.folder, choice.checkpoint, choice.or_begin) == (folder, given, False)
+    with pytest.raises(UserError, match="it went on from a checkpoint of step 1"):
+        choose_run(config, "auto")
