@@ -196,6 +196,7 @@ def test_threads_change_within_the_process_and_with_them_the_roof() -> None:
     assert figure.note.startswith("NCHW ")
 
 
+@pytest.mark.slow
 def test_the_trainer_runs_beside_a_bare_loop() -> None:
     figure = trainer(Suite(CPU, None), 1, window=1, rounds=2, overrides=SMALL)
     assert figure.value.n == 2

@@ -125,6 +125,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_shared_memory_is_worked_around_and_said_once() -> None:
     inside = f"mount -t tmpfs -o size=8m tmpfs /dev/shm && exec {sys.executable} -c '{KEEP_BATCHES}' {QUICKSTART} 0"
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
@@ -135,6 +136,7 @@ def test_a_full_shared_memory_is_worked_around_and_said_once() -> None:
     assert "--shm-size" in done.stderr
 
 
+@pytest.mark.slow
 def test_too_many_open_files_are_an_error_that_says_so() -> None:
     arguments = [sys.executable, "-c", KEEP_BATCHES, str(QUICKSTART), "40"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch.distributed.run
 
+from acmix.telemetry.record import read_rows
+
 HERE = Path(__file__).parent
 TORCHRUN = Path(torch.distributed.run.__file__)
 LAUNCH = HERE.parents[1] / "acmix" / "launch.py"
@@ -26,10 +28,8 @@ def plant(fault: str, at: int, **more: object) -> list[str]:
 
 
 def logged_steps(folder: Path) -> list[int]:
-    if not (folder / "metrics.jsonl").exists():
-        return []
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["step"] for row in rows if row["event"] == "train"]
+    """The steps of a run that may be writing its record at this moment."""
+    return [row["step"] for row in read_rows(folder / "metrics.jsonl") if row["event"] == "train"]
 
 
 def processes_of(run: Path) -> list[int]:
