@@ -123,7 +123,7 @@ class ShiftConv(DerivedBuffers, Path):
             return scale * self.weight
         if self.kind == "shift" or self.fc_bias is not None:
             return None
-        return fold(self.fc_weight, self.shift_weight, scale)
+        return fold(scale * self.fc_weight, self.shift_weight)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`acmix.ops.reference.shift_conv`, with one-hot kernels for tensor shifts; `full`: the convolution itself."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from acmix.ops import shift_conv
 from acmix.ops.implementations import Window
 from acmix.ops.native import cxx_compiler
-from acmix.ops.shift_conv import cpp, fold, folded
+from acmix.ops.shift_conv import cpp, folded
 from acmix.testing import ShiftConvCase as Case
 from acmix.testing import assert_parity, error_budget, relative_error
 
@@ -152,24 +152,6 @@ def test_one_hot_kernels_shift_and_sum() -> None:
     expected = torch.stack([shifted, shifted], 2).flatten(1, 2)  # channels (head_dim, head)
     for impl in ("reference", "folded", "dense"):
         torch.testing.assert_close(shift_conv(q, k, v, fc, one_hot, impl=impl), expected)
-
-
-@pytest.mark.parametrize("learned", [False, True])
-def test_both_steps_fold_into_one_weight_with_all_its_derivatives(learned: bool) -> None:
-    case = Case(heads=2, head_dim=3, height=1, width=1, dtype=torch.float64)
-    fc, shifts = (t.requires_grad_() for t in case.inputs()[3:5])
-    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True) if learned else 0.7
-    weight = fold(fc, shifts, scale)
-    torch.testing.assert_close(weight, torch.einsum("oiyx,im->omyx", shifts, scale * fc))
-    assert weight.permute(1, 2, 3, 0).is_contiguous()
-    leaves = (fc, shifts, scale) if learned else (fc, shifts)
-
-    def run(*tensors: torch.Tensor) -> torch.Tensor:
-        return fold(*tensors) if learned else fold(*tensors, scale)
-
-    options = {"fast_mode": True, "check_batched_grad": True}
-    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True, **options)
-    assert torch.autograd.gradgradcheck(run, leaves, check_fwd_over_rev=True, **options)
 
 
 def test_gradients_of_the_reference_pass_gradcheck() -> None:
