@@ -51,7 +51,7 @@ class Record:
         if row["event"] not in ("start", "end"):
             self._written.add(occasion)
         stamped: Row = {"event": row["event"], "time": round(time.time(), 3), **plain(row)}
-        self._pending += json_text(stamped).encode() + b"\n"
+        self._pending += json.dumps(stamped, allow_nan=False).encode() + b"\n"
         self._flush()
         return stamped
 
