@@ -19,7 +19,7 @@ from acmix.ops.implementations import Window
 from acmix.ops.local_attention import cpp, dense, tiled
 from acmix.ops.native import cxx_compiler
 from acmix.testing import AttentionCase as Case
-from acmix.testing import assert_parity
+from acmix.testing import assert_parity, relative_error
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 needs_compiler = pytest.mark.skipif(cxx_compiler() is None, reason="needs a C++ compiler")
@@ -144,6 +144,26 @@ class LargeLogits(Case):
 @pytest.mark.parametrize("head_dim", [4, 128])
 def test_cpp_bears_large_logits(head_dim: int) -> None:
     assert_parity(LargeLogits(heads=4, head_dim=head_dim, height=14, width=14, kernel_size=7), "cpp")
+
+
+class FarFromZero(Case):
+    """Maps around 1, as after a ReLU: the products of a query's channels add up in place of cancelling."""
+
+    def inputs(self) -> list[Tensor]:
+        *maps, position, grad_out = super().inputs()
+        return [*(m + 1 for m in maps), position, grad_out]
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("problem", [(128, 8, 28, 7, 1, 2), (32, 14, 28, 3, 2, 1)], ids=["wide", "strided"])
+def test_sums_far_from_zero_err_at_most_twice_as_much_as_plain_pytorchs(problem: tuple[int, ...], impl: str) -> None:
+    """With nothing granted for the order of sums; it matters in the position weight's gradient, which adds up all."""
+    case = FarFromZero(4, *problem)
+    inputs = case.inputs()
+    exact = case.run([t.double() for t in inputs], "reference")
+    plain, results = case.run(inputs, "reference"), case.run(inputs, impl)
+    for result, naive, target in zip(results, plain, exact, strict=True):
+        assert relative_error(result, target) <= 2 * relative_error(naive, target)
 
 
 @needs_compiler

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from acmix.ops.implementations import Window
+from acmix.ops.local_attention.products import over_channels, softmax_backward_
 from acmix.ops.reference import positions
 
 # Bytes of logits in flight, so that softmax and products find them in the cache.
@@ -58,7 +59,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor, window: Wi
     out = query.new_empty(query.shape)
     q, k, v, flat = (_heads(maps, dim) for maps in (query, k, v, out))
     for part in _parts(len(q), bias.numel(), p.itemsize):
-        logits = torch.baddbmm(bias, (q[part].to(p.dtype) * dim**-0.5).mT, k[part] - offset)
+        logits = over_channels(q[part].to(p.dtype) * dim**-0.5, k[part] - offset, bias=bias)
         flat[part] = torch.bmm(v[part].to(p.dtype), logits.softmax(-1).mT)
     return out
 
@@ -79,10 +80,10 @@ def backward(
     pixels = p.new_zeros(offset.shape)
     for part in _parts(len(q), bias.numel(), p.itemsize):
         query, key, grad = q[part].to(p.dtype) * scale, k[part] - offset, g[part].to(p.dtype)
-        weights = torch.baddbmm(bias, query.mT, key).softmax(-1)
+        weights = over_channels(query, key, bias=bias).softmax(-1)
         flat_dv[part] = torch.bmm(grad, weights)
-        dweights = torch.bmm(grad.mT, v[part].to(p.dtype))
-        dlogits = torch.ops.aten._softmax_backward_data(dweights, weights, -1, p.dtype)
+        dweights = over_channels(grad, v[part].to(p.dtype))
+        dlogits = softmax_backward_(dweights, weights)
         dkey = torch.bmm(query, dlogits)
         flat_dk[part] = dkey
         pixels += dkey.sum(0)

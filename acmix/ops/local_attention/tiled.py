@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from acmix.ops.implementations import Window
+from acmix.ops.local_attention.products import over_channels, softmax_backward_
 from acmix.ops.reference import positions
 
 # Bytes of logits in flight: small enough for the second-level cache of a core, large enough to hide the call overhead.
@@ -240,9 +241,8 @@ def _attend(ws: Workspace, q: Tensor, key: Tensor, value: Tensor, out: Tensor, k
     tiles = ws("tiles", q_strips.shape[0], q.shape[2], queries)
     for i in range(cut.down):
         at = i * cut.rows * cut.stride * cut.halo_cols
-        torch.baddbmm(
-            bias, q_strips[..., i * queries : (i + 1) * queries].mT, k_strips[..., at : at + keys], out=logits
-        )
+        tile = q_strips[..., i * queries : (i + 1) * queries]
+        over_channels(tile, k_strips[..., at : at + keys], out=logits, bias=bias)
         torch.softmax(logits, -1, out=weights)
         torch.bmm(v_strips[..., at : at + keys], weights.mT, out=tiles)
         _store(out[..., i * cut.rows : (i + 1) * cut.rows, :], tiles, cut)
@@ -268,11 +268,11 @@ def _attend_backward(
     for i in range(cut.down):
         at = i * cut.rows * cut.stride * cut.halo_cols
         halo, tile = slice(at, at + keys), slice(i * queries, (i + 1) * queries)
-        torch.baddbmm(bias, q_strips[..., tile].mT, k_strips[..., halo], out=logits)
+        over_channels(q_strips[..., tile], k_strips[..., halo], out=logits, bias=bias)
         torch.softmax(logits, -1, out=weights)
         dv_strips[..., halo].add_(torch.bmm(g_strips[..., tile], weights, out=key_tiles))
-        torch.bmm(g_strips[..., tile].mT, v_strips[..., halo], out=logits)
-        dlogits = torch.ops.aten._softmax_backward_data.out(logits, weights, -1, logits.dtype, grad_input=weights)
+        over_channels(g_strips[..., tile], v_strips[..., halo], out=logits)
+        dlogits = softmax_backward_(logits, weights)
         dk_strips[..., halo].add_(torch.bmm(q_strips[..., tile], dlogits, out=key_tiles))
         torch.bmm(k_strips[..., halo], dlogits.mT, out=tiles)
         _store(grads[0][..., i * cut.rows : (i + 1) * cut.rows, :], tiles, cut, scale)
