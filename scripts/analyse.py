@@ -31,7 +31,7 @@ from acmix.export.load import build_network
 from acmix.json_text import json_text
 from acmix.process.distributed import Distributed
 from acmix.process.program import Arguments, run_program, whole_number
-from acmix.telemetry.figure_file import check_figure_file, save_figure
+from acmix.telemetry.figure_file import check_figure_file, drawn_text, save_figure
 
 
 class Opened(NamedTuple):
@@ -132,7 +132,7 @@ def measure_fields(runs: Sequence[Opened]) -> tuple[list[dict[str, Any]], Figure
 
 def _short(run: str) -> str:
     """The last two parts of a run's path, which tell runs apart."""
-    return "/".join(Path(run).parts[-2:])
+    return drawn_text("/".join(Path(run).parts[-2:]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acmix.process.program import Arguments, run_program
-from acmix.telemetry.figure_file import check_figure_file, save_figure
+from acmix.telemetry.figure_file import check_figure_file, drawn_text, save_figure
 from acmix.telemetry.history import common_end, read_runs
 from acmix.telemetry.plot import describe, draw, layout
 
@@ -34,7 +34,7 @@ def plot(arguments: Sequence[str] | None) -> int:
     options = parser.parse_args(arguments)
     check_figure_file("--out", options.out)
     runs = read_runs(options.runs, options.probe)
-    save_figure(draw(runs, options.title), options.out)
+    save_figure(draw(runs, None if options.title is None else drawn_text(options.title)), options.out)
     shown = f"{describe(runs)}, {len(runs[0].layers)} {layout(runs[0]).unit}s, up to step {common_end(runs):.0f}"
     print(f"Wrote {options.out}: {shown}")
     return 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from acmix.checkpoint.atomic import replacing, write_atomically
 from acmix.process.distributed import Distributed
+from acmix.telemetry.figure_file import drawn_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,11 +122,6 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _label(name: str) -> str:
-    """A class name as matplotlib draws it: no formula between $ signs, and escapes for bytes that are not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
-
-
 def draw_confusion(matrix: np.ndarray, classes: list[str]) -> "Figure":
     """The confusion matrix with rows in percent of the true class; numbers in the cells where they can be read."""
     from matplotlib.figure import Figure
@@ -136,7 +132,7 @@ def draw_confusion(matrix: np.ndarray, classes: list[str]) -> "Figure":
     side = 8.0 if many else max(4.0, 0.45 * len(classes) + 2.0)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    display = ConfusionMatrixDisplay(shares, display_labels=None if many else [_label(name) for name in classes])
+    display = ConfusionMatrixDisplay(shares, display_labels=None if many else [drawn_text(name) for name in classes])
     display.plot(
         ax=axes, cmap="Blues", include_values=len(classes) <= 20, values_format=".0f", xticks_rotation="vertical",
         colorbar=False, im_kw={"vmin": 0, "vmax": 100},

@@ -17,6 +17,7 @@ from acmix.export.load import Trained
 from acmix.export.predict import Prediction
 from acmix.export.preprocessing import Preprocessing
 from acmix.layers import ACmix, AttentionPath
+from acmix.telemetry.figure_file import drawn_text
 from acmix.telemetry.plot import BLUE, GREY, INK, STYLE
 
 Map = NDArray[np.floating]
@@ -177,7 +178,7 @@ def _draw_image(page: _Page, prediction: Prediction, seen: Map) -> None:
 
 
 def _short(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return drawn_text(text if len(text) <= limit else f"{text[: limit - 1]}…")
 
 
 def _draw_stage(page: _Page, column: int, view: StageView, rows: list[tuple[str, str]], seen: Map) -> None:

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from PIL import Image
 
 from acmix.report.collect import Arm
+from acmix.telemetry.figure_file import drawn_text
 from acmix.telemetry.history import Array, ProbeHistory
 from acmix.telemetry.plot import BLUE, GREY, INK, STYLE, VERMILLION, Column, draw_course, draw_depth
 
@@ -209,7 +210,7 @@ def _legend(figure: Figure, handles: Sequence[Any], columns: int = 3) -> None:
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib draws it letter by letter: no formula between $ signs, no label hidden by a _ in front."""
+    """A name of an arm for the legend: short, without a _ in front, which would hide it."""
     short = name if len(name) <= 24 else f"{name[:23]}…"
-    drawn = short.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
+    drawn = drawn_text(short)
     return f" {drawn}" if drawn.startswith("_") else drawn

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from acmix.studies.statistics import LEAST
+from acmix.telemetry.figure_file import drawn_text
 from acmix.telemetry.plot import BLUE, GREY, INK, STYLE, VERMILLION
 
 
@@ -21,17 +22,17 @@ def draw(results: Mapping[str, Any]) -> Figure:
         figure = Figure(figsize=(9, 1.6 + 0.45 * len(arms)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         title = f"{results['study']}: {results['model']} on {results['dataset']}, equal {results['equal']}"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.suptitle(drawn_text(title), x=0.01, ha="left", fontsize=12, fontweight="bold")
         for row, arm in enumerate(arms):
             _draw_scores(left, row, arm)
             _draw_difference(right, row, arm, results["reference"])
-        left.set_yticks(range(len(arms)), [f"{arm['name']} (n = {arm['n']})" for arm in arms])
+        left.set_yticks(range(len(arms)), [drawn_text(f"{arm['name']} (n = {arm['n']})") for arm in arms])
         left.set_ylim(len(arms) - 0.5, -0.5)
         left.set_xlabel("top-1 of the last epoch, %")
         left.set_title("Every seed, mean ± standard deviation")
         right.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
         right.set_xlabel("points of top-1, over pairs of one seed")
-        right.set_title(f"Difference to {results['reference']}, 95 % interval")
+        right.set_title(drawn_text(f"Difference to {results['reference']}, 95 % interval"))
         for axis in (left, right):
             axis.grid(axis="y", color="#000000", alpha=0.08)
             axis.tick_params(axis="y", length=0)

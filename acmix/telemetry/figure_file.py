@@ -1,4 +1,4 @@
-"""A figure that a person asked for as a file: the names it may have, and writing it whole or not at all."""
+"""A figure that a person asked for as a file: its name, the names in it, and writing it whole or not at all."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,14 @@ def check_figure_file(option: str, file: Path, json: Path | None = None) -> None
     if json is not None and json.resolve() == file.resolve():
         raise UserError(f"{option}, --json: both are {file}; give each a file of its own")
     prove_writable(option, file)
+
+
+def drawn_text(text: str) -> str:
+    """A name of others (a class, a file, an arm) as matplotlib draws it letter by letter.
+
+    No formula between $ signs, and escapes for the bytes of a file name that are not UTF-8.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
 
 
 def save_figure(figure: "Figure", file: Path) -> None:

@@ -85,6 +85,14 @@ def test_a_bar_in_the_name_of_an_arm_begins_no_column(
     assert len({line.replace(r"\|", "").count("|") for line in table[:4]}) == 1
 
 
+def test_an_arm_whose_name_is_no_formula_is_drawn(study_file: Path, out: Path, write_run: Callable[..., None]) -> None:
+    study_file.write_text(study_file.read_text().replace("  sum: {", "  a$^$b: {"))
+    for run in plan_study(load_study(study_file), out, [], {"learned": {}, "a$^$b": {}})[:2]:
+        write_run(run)
+    assert ablate.main([str(study_file), "--collect", "--out", str(out)]) == 0
+    assert (out / "results.png").is_file()
+
+
 def test_results_of_two_seeds_say_that_these_are_too_few_and_what_is_missing(
     study_file: Path, out: Path, runs: list[Run], write_run: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
