@@ -64,9 +64,12 @@ def predict_from(options: argparse.Namespace) -> int:
     from acmix.export.predict import Prediction, predict
 
     files = list_images(options.images)
+    pictures = [] if options.draw is None else picture_files(options.draw, files)
+    refuse_to_replace(files, options.json, pictures)
     predictor, trained = open_predictor(options)
-    results, bad, drawn = [], 0, set[str]()
-    for result in tqdm(predict(predictor, files, options.top), total=len(files), disable=not sys.stderr.isatty()):
+    results, bad = [], 0
+    found = tqdm(predict(predictor, files, options.top), total=len(files), disable=not sys.stderr.isatty())
+    for place, result in enumerate(found):
         if not isinstance(result, Prediction):
             path, error = result
             tqdm.write(f"error: {readable_name(str(path))}: {error.reason}", file=sys.stderr)
@@ -76,7 +79,7 @@ def predict_from(options: argparse.Namespace) -> int:
         tqdm.write(line(result), file=sys.stdout)
         if options.draw is not None:
             assert trained is not None
-            draw_to(options.draw, result, predictor, trained, drawn)
+            draw_to(pictures[place], result, predictor, trained)
     if options.json is not None:
         write_atomically(options.json, json_text(results, indent=2) + "\n", make_parents=True)
     if bad:
@@ -91,6 +94,11 @@ def open_predictor(options: argparse.Namespace) -> "tuple[Predictor, Trained | N
     if options.checkpoint.endswith(".onnx"):
         if options.draw is not None:
             raise UserError("--draw: an ONNX file does not show its paths; give the run or checkpoint it was made of")
+        given = ["--config"] if options.config is not None else ["--weights"] if options.weights != "auto" else []
+        if ignored := [*given, *options.overrides]:
+            raise UserError(
+                f"{ignored[0]}: an ONNX file holds all that is known of it, so this changes nothing; leave it out"
+            )
         return onnx_predictor(Path(expand_path(options.checkpoint, "--checkpoint"))), None
     if options.checkpoint.endswith(".pt2"):
         raise UserError(
@@ -109,22 +117,39 @@ def line(prediction: "Prediction") -> str:
     return f"{readable_name(str(prediction.path))}: {shares}"
 
 
-def draw_to(
-    folder: Path, prediction: "Prediction", predictor: "Predictor", trained: "Trained", drawn: set[str]
-) -> None:
-    """Write the picture of one image, under its name, with a number where that is taken."""
+def picture_files(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """The picture of each image: a .png under its name, with a number where that is taken."""
+    pictures: list[Path] = []
+    taken: set[str] = set()
+    for file in files:
+        stem, number = file.stem, 2
+        while stem in taken:
+            stem, number = f"{file.stem}-{number}", number + 1
+        taken.add(stem)
+        pictures.append(folder / f"{stem}.png")
+    return pictures
+
+
+def refuse_to_replace(images: Sequence[Path], json: Path | None, pictures: Sequence[Path]) -> None:
+    """UserError where a file to write is one of the images."""
+    read = {image.resolve() for image in images}
+    for option, file in [("--json", json), *(("--draw", picture) for picture in pictures)]:
+        if file is not None and file.resolve() in read:
+            raise UserError(
+                f"{option}: would replace {readable_name(str(file))}, one of the images; choose another place"
+            )
+
+
+def draw_to(file: Path, prediction: "Prediction", predictor: "Predictor", trained: "Trained") -> None:
+    """Write the picture of one image."""
     import matplotlib
 
     from acmix.checkpoint.atomic import replacing
     from acmix.export.draw import draw_prediction
     from acmix.telemetry.plot import STYLE
 
-    stem, number = prediction.path.stem, 2
-    while stem in drawn:
-        stem, number = f"{prediction.path.stem}-{number}", number + 1
-    drawn.add(stem)
     figure = draw_prediction(prediction, predictor.preprocessing, trained)
-    with replacing(folder / f"{stem}.png", make_parents=True) as temporary, matplotlib.rc_context(STYLE):
+    with replacing(file, make_parents=True) as temporary, matplotlib.rc_context(STYLE):
         figure.savefig(temporary, dpi=150)
 
 

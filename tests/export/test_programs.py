@@ -167,6 +167,33 @@ def test_a_picture_named_twice_gets_its_own_prediction_each_time(
     assert rows[4] == rows[1]
 
 
+def test_pictures_of_files_whose_names_are_formulas_or_no_text_are_drawn(call: Call, run_dir: Path, tmp_path: Path):
+    names = [b"$^$.png", b"caf\xe9.png"]
+    images = [tmp_path / name.decode("utf-8", "surrogateescape") for name in names]
+    for image in images:
+        with open(image, "wb") as file:
+            Image.new("RGB", (8, 8)).save(file, "PNG")
+    outcome = call("predict.py", "--checkpoint", run_dir, *images, "--draw", tmp_path / "drawn")
+    assert outcome.status == 0, outcome.err
+    assert {image.name for image in (tmp_path / "drawn").iterdir()} == {image.name for image in images}
+
+
+def test_predictions_never_replace_an_image(call: Call, run_dir: Path, pictures: Path):
+    before = {file: file.read_bytes() for file in pictures.glob("*.*")}
+    for option, place in (("--draw", pictures), ("--json", pictures / "b.jpg")):
+        outcome = call("predict.py", "--checkpoint", run_dir, pictures, option, place)
+        assert outcome.status == 2
+        assert f"{option}: would replace {pictures}" in outcome.err
+    assert {file: file.read_bytes() for file in pictures.glob("*.*")} == before
+
+
+@pytest.mark.parametrize("ignored", [("--config", "no.yaml"), ("--weights", "raw"), ("data.image_size=64",)])
+def test_what_an_onnx_file_would_ignore_is_refused(call: Call, pictures: Path, tmp_path: Path, ignored):
+    outcome = call("predict.py", "--checkpoint", tmp_path / "net.onnx", pictures, *ignored)
+    assert outcome.status == 2
+    assert f"error: {ignored[0]}: an ONNX file" in outcome.err
+
+
 def test_an_exported_program_loads_without_our_package(call: Call, run_dir: Path, tmp_path: Path):
     out = tmp_path / "net.pt2"
     outcome = call("export.py", "--checkpoint", run_dir, "--format", "pt2", "--out", out, "--weights", "raw")
