@@ -34,15 +34,17 @@ def export(arguments: Sequence[str] | None) -> int:
     options = parser.parse_intermixed_args(arguments)
     from acmix.checkpoint.atomic import prove_writable
     from acmix.config import load_config
-    from acmix.engine.run_folder import find_config
+    from acmix.engine.run_folder import config_of_run, find_config
 
     path, config_path = find_config(options.checkpoint, options.config)
     config = load_config(config_path, options.overrides)
-    from acmix.export.hub import describe, load_trained, refuse_full, write_folder
+    from acmix.export.hub import describe, load_trained, refuse_full, refuse_own, write_folder
 
     refuse_full(options.out, force=options.force)
+    refuse_own(options.out, path, config_path)
     prove_writable("--out", options.out, folder=True)
-    trained = load_trained(path, config, config_path.resolve().parent, options.weights)
+    run = (config_of_run(path) or config_path).resolve().parent
+    trained = load_trained(path, config, run, options.weights)
     write_folder(trained, options.out, force=options.force)
     print(describe(trained, options.out), flush=True)
     return 0

@@ -31,6 +31,8 @@ from acmix.telemetry.record import read_rows
 RECIPE = ("augment", "loss", "optimizer", "schedule", "precision", "ema")
 """Sections of a config that say how a network was trained, and nothing of the machine."""
 
+_OF_TIMM = ("pretrained_cfg", "num_classes", "num_features")
+
 
 class Trained(NamedTuple):
     """A network in evaluation mode, its config, its classes, and the record of the run that trained it."""
@@ -65,6 +67,7 @@ def write_folder(trained: Trained, out: Path, *, force: bool = False) -> None:
     Raises UserError for a folder that holds something, unless it may be replaced (`force`).
     """
     refuse_full(out, force=force)
+    _refuse_foreign(trained)
     with _replacing_folder(out) as folder:
         details = {"label_names": trained.classes, "pretrained_cfg": _preprocessing(trained)}
         save_for_hf(trained.network, str(folder), details, model_args=_arguments(trained), safe_serialization=True)
@@ -82,6 +85,23 @@ def refuse_full(out: Path, *, force: bool) -> None:
         raise UserError(f"--out {out}: is no folder; choose another name")
     if not force and out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: holds something already; choose another folder, or replace it with --force")
+
+
+def refuse_own(out: Path, *read: Path) -> None:
+    """Raise UserError for a folder that holds what is to be read: replacing it would destroy the run."""
+    for path in read:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"--out {out}: holds {path}, which is to be exported; choose another folder")
+
+
+def _refuse_foreign(trained: Trained) -> None:
+    """Raise UserError for a network without what timm writes of every network."""
+    missing = [name for name in _OF_TIMM if not hasattr(trained.network, name)]
+    if missing:
+        raise UserError(
+            f"{trained.config.model.name}: {type(trained.network).__name__} has no {' and no '.join(missing)}, which "
+            "timm writes of every network; set them in its __init__"
+        )
 
 
 @contextmanager
@@ -180,8 +200,9 @@ def _figures(trained: Trained) -> str:
     for row in trained.progress.get("history", ()):
         if row["step"] == step:
             shares = ", ".join(f"{key} {row[key]:.2f} %" for key in ("top1", "top5") if key in row)
+            loss = float(row["loss"])  # "nan" in JSON
             lines.append(
-                f"- {shares}, loss {row['loss']:.4f} on {row['count']} images, after epoch {row['epoch']} (step {step})"
+                f"- {shares}, loss {loss:.4f} on {row['count']} images, after epoch {row['epoch']} (step {step})"
             )
     summary, rows = read_summary(trained.run), _rows(trained.run)
     if summary:
@@ -190,9 +211,10 @@ def _figures(trained: Trained) -> str:
     if start:
         versions = ", ".join(f"{key} {value}" for key, value in start.get("versions", {}).items())
         lines.append(f"- Trained on {start.get('processes')} × {start.get('device')} with {versions}")
-    ends = [row["seconds"] for row in rows if row.get("event") == "end" and "seconds" in row]
-    if ends:
-        lines.append(f"- Seconds: {sum(ends):.0f}")
+    if seconds := [row["seconds"] for row in rows if row.get("event") == "end" and "seconds" in row]:
+        begun = [row["resumed_from"] for row in rows if row.get("event") == "start" and row.get("resumed_from")]
+        since = f", after it was resumed at step {begun[-1]}" if begun else ""  # earlier ends leave the record
+        lines.append(f"- Seconds: {seconds[-1]:.0f}{since}")
     return "\n".join(lines) or f"None are recorded: the weights do not lie in a run with `{METRICS}` and `{SUMMARY}`."
 
 

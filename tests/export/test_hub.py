@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-from acmix import models  # noqa: F401 - registers the networks
+from acmix import models
+from acmix.config import load_config
+from acmix.errors import UserError
+from acmix.export import hub
 from scripts import export_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +95,55 @@ def test_a_folder_that_holds_something_is_replaced_only_if_asked(run, tmp_path, 
     assert (tmp_path / "own.txt").exists()
     assert export_hf.main([*arguments, "--force"]) == 0
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_folder_that_holds_the_run_is_never_replaced(run, capsys):
+    before = sorted(run.rglob("*"))
+    for out in (run, run.parent, run / "checkpoints"):
+        assert export_hf.main(["--checkpoint", str(run / "checkpoints" / "last"), "--out", str(out), "--force"]) == 2
+        assert "choose another folder" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
+def test_the_card_of_a_run_has_its_figures_also_with_a_config_from_elsewhere(run, tmp_path):
+    config, out = tmp_path / "config.yaml", tmp_path / "out"
+    config.write_text((run / "config.yaml").read_text())
+    assert export_hf.main(["--checkpoint", str(run), "--config", str(config), "--out", str(out)]) == 0
+    assert "- Trained on 1 × cpu" in (out / "README.md").read_text()
+
+
+def test_the_card_says_of_a_loss_that_is_not_finite_that_it_is_not(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    progress = copy / "checkpoints" / "last" / "progress.json"
+    values = json.loads(progress.read_text())
+    values["history"][-1]["loss"] = "nan"
+    progress.write_text(json.dumps(values))
+    network = models.create_model("resnet18", 10).eval()
+    config = load_config(copy / "config.yaml")
+    card = hub.model_card(hub.Trained(network, config, None, None, values, copy))
+    assert "loss nan on" in card
+
+
+def test_the_card_of_a_resumed_run_says_which_part_its_seconds_are_of(run, tmp_path):
+    rows = [
+        {"event": "start", "step": 0, "resumed_from": None},
+        {"event": "start", "step": 4, "resumed_from": 4},
+        {"event": "end", "step": 9, "seconds": 12.3},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    network = models.create_model("resnet18", 10).eval()
+    card = hub.model_card(hub.Trained(network, load_config(run / "config.yaml"), None, None, {}, tmp_path))
+    assert "- Seconds: 12, after it was resumed at step 4" in card
+
+
+def test_a_network_without_what_timm_asks_for_is_refused_by_the_name_of_it(run, tmp_path):
+    network = models.create_model("resnet18", 10).eval()
+    del network.num_features
+    trained = hub.Trained(network, load_config(run / "config.yaml"), None, None, {}, run)
+    with pytest.raises(UserError, match="ResNet has no num_features, which timm"):
+        hub.write_folder(trained, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
