@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from acmix.analysis.cka import cka_matrix, layer_names, layer_outputs
 from acmix.analysis.receptive_field import field_areas, receptive_field
 from acmix.checkpoint.atomic import prove_writable, write_atomically
+from acmix.checkpoint.layout import names_something
 from acmix.checkpoint.weights import pick_weights
 from acmix.config import load_config
 from acmix.data.loader import build_val, resolve_num_classes
 from acmix.engine.forward import network_inputs
-from acmix.engine.run_folder import find_config, trained_classes
+from acmix.engine.run_folder import config_of_run, trained_classes
 from acmix.errors import UserError
 from acmix.export.load import build_network
 from acmix.json_text import json_text
+from acmix.paths import expand_path, missing_path_hint
 from acmix.process.distributed import Distributed
 from acmix.process.program import Arguments, run_program, whole_number
 from acmix.telemetry.figure_file import check_figure_file, drawn_text, save_figure
@@ -78,7 +80,11 @@ def analyse(arguments: Sequence[str] | None) -> int:
 
 def open_run(run: str, images: int) -> Opened:
     """The network of a run and the images it is shown. Raises UserError."""
-    path, config_file = find_config(run, None)
+    path = Path(expand_path(run, "RUN"))
+    if not names_something(path):
+        raise UserError(f"RUN {path}: no such run or checkpoint{missing_path_hint(path)}")
+    if (config_file := config_of_run(path)) is None:
+        raise UserError(f"RUN {path}: does not lie in a run folder; give a run, or a checkpoint in one")
     config = load_config(config_file)
     dist = Distributed.start(config.run)
     picked, classes = pick_weights(path)
@@ -97,8 +103,15 @@ def compare_layers(runs: Sequence[Opened]) -> tuple[dict[str, Any], Figure]:
     names = [layer_names(run.model) for run in (first, last)]
     if not all(names):
         raise UserError("a network without ACmix blocks and without feature_info has no layers to compare")
+    if len(first.ids) < 2:
+        raise UserError(
+            "--cka compares how networks tell images apart: it takes two images at least, and many more to say much"
+        )
     features = [_features(run, layers) for run, layers in zip((first, last), names, strict=True)]
-    matrix = cka_matrix(*features)
+    for run, layers in zip((first, last), features, strict=True):
+        if not all(layer.isfinite().all() for layer in layers):
+            raise _diverged(run)
+    matrix = cka_matrix(*features).clamp(0, 1)  # rounding goes beyond
     figure = Figure(
         figsize=(1.5 + 0.35 * max(len(names[1]), 8), 1.2 + 0.3 * max(len(names[0]), 6)), layout="constrained"
     )
@@ -121,13 +134,23 @@ def measure_fields(runs: Sequence[Opened]) -> tuple[list[dict[str, Any]], Figure
     figure = Figure(figsize=(4.5 * len(runs), 4.2), layout="constrained")
     result = []
     for axis, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+        if not hasattr(run.model, "forward_features"):
+            raise UserError(f"{run.name}: its network has no forward_features, whose map --receptive-field looks from")
         field = receptive_field(run.model, run.batches).cpu()
+        if not field.isfinite().all():
+            raise _diverged(run)
         areas = field_areas(field)
         result.append({"run": run.name, "areas": {f"{share:g}": area for share, area in areas.items()}})
         axis.imshow((field / field.max()).log10().clamp(min=-4).numpy(), cmap="viridis")
         told = ", ".join(f"{share:.0%} in {area:.0%}" for share, area in areas.items())
         axis.set(title=f"{_short(run.name)}\n{told}", xticks=[], yticks=[])
     return result, figure
+
+
+def _diverged(run: Opened) -> UserError:
+    return UserError(
+        f"{run.name}: what its network computes is not finite: it has diverged; give a checkpoint from before"
+    )
 
 
 def _short(run: str) -> str:

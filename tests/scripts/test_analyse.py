@@ -2,11 +2,13 @@
 
 import json
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -53,6 +55,7 @@ def test_layers_are_compared_within_a_run_and_with_its_twin(
     own = compare(runs[0])
     assert own["rows"] == own["columns"] == [f"layer{stage}.0" for stage in (1, 2, 3, 4)]
     assert [own["cka"][i][i] for i in range(4)] == pytest.approx([1.0] * 4)
+    assert all(0 <= value <= 1 for row in own["cka"] for value in row)
     both = compare(*runs, "--out", tmp_path / "cka.png", "--json", tmp_path / "cka.json")
     assert both["columns"][-1] == "layer4"
     assert all(0 <= value <= 1 for row in both["cka"] for value in row)
@@ -75,9 +78,23 @@ def test_bad_usage_is_refused_before_the_work(runs: tuple[Path, Path], analyse: 
         ((runs[0],), "--cka"),
         ((runs[0], "--cka", "--out", tmp_path / "a.gif"), ".png"),
         ((*runs, runs[0], "--cka"), "two runs"),
-        ((tmp_path / "nowhere", "--cka"), "nowhere"),
+        ((tmp_path / "nowhere", "--cka"), "RUN"),
+        ((tmp_path, "--cka"), "give a run, or a checkpoint in one"),
+        ((runs[0], "--cka", "--images", 1), "two images at least"),
     ):
         status, _, errors = analyse(*arguments)
         assert status == 2
         assert errors.startswith("error: ")
         assert part in errors
+
+
+def test_a_network_that_has_diverged_is_told_as_such(runs: tuple[Path, Path], analyse: Analyse, tmp_path: Path) -> None:
+    run = tmp_path / "diverged"
+    shutil.copytree(runs[0], run, symlinks=True)
+    weights = load_file(run / "checkpoints" / "last" / "model.safetensors")
+    (run / "weights.safetensors").write_bytes(save({name: tensor * float("nan") for name, tensor in weights.items()}))
+    for what in ("--cka", "--receptive-field"):
+        status, out, errors = analyse(run / "weights.safetensors", what, "--images", 4, "--out", tmp_path / "a.png")
+        assert (status, out) == (2, "")
+        assert "it has diverged" in errors
+    assert not (tmp_path / "a.png").exists()
