@@ -1,6 +1,6 @@
 """Report training runs as one self-contained page: results, curves, paths, lesions, classes, mistakes.
 
-    python scripts/report.py RUN [RUN ...] --out FILE.html [--images N] [--no-evaluation]
+    python scripts/report.py RUN [RUN ...] --out FILE.html [--images N | --no-evaluation]
 
 RUN is a run folder, finished or not. Runs whose configs differ only in run.seed and run.dir are seeds of one arm: mean
 ± standard deviation. Lesions, the confusion matrix and the mistakes are measured on N of the validation images, evenly
@@ -32,8 +32,9 @@ def report(arguments: Sequence[str] | None) -> int:
     parser = Arguments(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
-    parser.add_argument("--images", type=whole_number, default=2000, metavar="N", help="validation images (2000)")
-    parser.add_argument("--no-evaluation", action="store_true", help="only what the runs logged: quick, opens no data")
+    much = parser.add_mutually_exclusive_group()
+    much.add_argument("--images", type=whole_number, default=2000, metavar="N", help="validation images (2000)")
+    much.add_argument("--no-evaluation", action="store_true", help="only what the runs logged: quick, opens no data")
     options = parser.parse_args(arguments)
     if options.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {options.out}: the name must end in .html")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_LABELS = 40
+_MEANS = ("accuracy", "micro avg", "macro avg", "weighted avg", "samples avg")
 
 
 class Confusion:
@@ -78,17 +79,22 @@ class PartOfClasses:
         return {"evaluated": part, "trained": trained, **shares}
 
 
+def row_name(name: str) -> str:
+    """What the row of a class is called in `class_report`: its name, marked where one of the means has it."""
+    return f"{name} (class)" if name in _MEANS else name
+
+
 def class_report(matrix: np.ndarray, classes: list[str], present: Sequence[int] | None = None) -> dict[str, Any]:
     """scikit-learn's classification report (precision, recall, F1 and support of each class, and means) as a dict.
 
-    `present` are the indices of the classes to report and to take the means over; None: all.
+    `present` are the indices of the classes to report and to take the means over; None: all. See `row_name`.
     """
     from sklearn.metrics import classification_report
 
     true, predicted = np.nonzero(matrix)
     weights = matrix[true, predicted]
     labels = range(len(classes)) if present is None else present
-    names = [classes[label] for label in labels]
+    names = [row_name(classes[label]) for label in labels]
     report: dict[str, Any] = classification_report(
         true, predicted, sample_weight=weights, labels=labels, target_names=names, output_dict=True, zero_division=0
     )
@@ -106,7 +112,7 @@ def write_report(folder: Path, matrix: np.ndarray, classes: list[str], present: 
     report = class_report(matrix, classes, present)
     rows = ["class,precision,recall,f1,images"]
     for name in classes if present is None else [classes[label] for label in present]:
-        row = report[name]
+        row = report[row_name(name)]
         values = f"{row['precision']:.4f},{row['recall']:.4f},{row['f1-score']:.4f},{int(row['support'])}"
         rows.append(f"{_quoted(name)},{values}")
     write_atomically(folder / "classes.json", json.dumps(report, indent=2) + "\n", make_parents=True)

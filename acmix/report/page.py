@@ -28,6 +28,7 @@ from acmix.report.tables import (
     labelled,
     lesions_table,
     measures_table,
+    repeated,
     results_table,
     runs_table,
     worst_classes,
@@ -171,6 +172,7 @@ class _Report:
     def _results(self) -> Section:
         empty = [arm.name for arm in self.arms if not arm.judged]
         missing = [f"No evaluation in the record of {', '.join(empty)}"] if empty else []
+        missing += repeated(self.arms)
         text = ""
         if self.evaluated:
             text = f"Precision, recall and F1 on {self._images()}, means over the classes."

@@ -1,5 +1,6 @@
 """The tables of a report: rows of text, a row of heads first."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -7,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from acmix.engine.confusion import row_name
+from acmix.engine.progress import is_finite
 from acmix.report.collect import Arm, Run, common, differences
 from acmix.report.evaluation import Evaluation
 from acmix.studies.outcome import rate
@@ -27,8 +30,26 @@ class Table:
 
 
 def labelled(arms: Sequence[Arm]) -> dict[str, Run]:
-    """Every run under the name that people tell it by."""
-    return {f"{arm.name} seed {run.seed}": run for arm in arms for run in arm.runs}
+    """Every run under the name that people tell it by; with its folder where others of its arm have its seed."""
+    found = {}
+    for arm in arms:
+        seeds = Counter(run.seed for run in arm.runs)
+        for run in arm.runs:
+            where = f" ({run.folder})" if seeds[run.seed] > 1 else ""
+            found[f"{arm.name} seed {run.seed}{where}"] = run
+    return found
+
+
+def repeated(arms: Sequence[Arm]) -> list[str]:
+    """Which arms hold runs of one seed: their spread is then not one over seeds."""
+    found = []
+    for arm in arms:
+        seeds = [run.seed for run in arm.runs]
+        known = list(dict.fromkeys(seeds))
+        if len(known) < len(seeds) and "?" not in known:
+            named = f"seed{'s' * (len(known) > 1)} {', '.join(known)}"
+            found.append(f"{arm.name}: {len(seeds)} runs of the {named} alone, so their spread is not one over n seeds")
+    return found
 
 
 def results_table(arms: Sequence[Arm], evaluations: Mapping[str, Sequence[Evaluation]]) -> Table:
@@ -51,7 +72,7 @@ def _result(arm: Arm, evaluations: Sequence[Evaluation], scored: bool) -> list[s
     def over_runs(key: str, digits: int) -> str:
         return _spread([as_number(row.get(key)) for row in last], digits)
 
-    best = [max(run.series("eval", "top1")[1], default=None) for run in runs]
+    best = [_best(run) for run in runs]
     macro = (
         [_spread([100 * e.per_class["macro avg"][key] for e in evaluations], 2) for key in _SCORES] if scored else []
     )
@@ -61,6 +82,12 @@ def _result(arm: Arm, evaluations: Sequence[Evaluation], scored: bool) -> list[s
         _parameters(arm), _spread([rate(list(run.rows)) for run in runs], 0),
         _time([as_number(run.end.get("seconds")) for run in runs if run.start.get("resumed_from") is None]),
     ]  # fmt: skip
+
+
+def _best(run: Run) -> float | None:
+    """The highest top-1 of the evaluations with a finite loss, as `best` is chosen; of all where there is none."""
+    rows = [row for row in run.evaluations if is_finite(row)] or run.evaluations
+    return max((score for row in rows if (score := as_number(row.get("top1"))) is not None), default=None)
 
 
 _SCORES = ("precision", "recall", "f1-score")
@@ -119,8 +146,8 @@ def class_scores(evaluations: Sequence[Evaluation]) -> Table:
     names = _reported(evaluations[0])
     rows = []
     for name in names:
-        scores = (_spread([100 * e.per_class[name][key] for e in evaluations], 1) for key in _SCORES)
-        rows.append([name, *scores, str(int(evaluations[0].per_class[name]["support"]))])
+        scores = (_spread([100 * e.per_class[row_name(name)][key] for e in evaluations], 1) for key in _SCORES)
+        rows.append([name, *scores, str(int(evaluations[0].per_class[row_name(name)]["support"]))])
     return Table(["class", "precision, %", "recall, %", "F1, %", "images"], rows)
 
 
@@ -131,7 +158,7 @@ def worst_classes(evaluations: Sequence[Evaluation]) -> Table:
     places = {name: i for i, name in enumerate(first.classes)}
 
     def mean_f1(name: str) -> float:
-        return float(np.mean([e.per_class[name]["f1-score"] for e in evaluations]))
+        return float(np.mean([e.per_class[row_name(name)]["f1-score"] for e in evaluations]))
 
     rows = []
     for name in sorted(_reported(first), key=mean_f1)[:WORST]:
@@ -139,14 +166,16 @@ def worst_classes(evaluations: Sequence[Evaluation]) -> Table:
         taken[places[name]] = 0
         other = first.classes[int(taken.argmax())]
         share = 100 * taken.max() / max(matrix[places[name]].sum(), 1)
-        scores = (_spread([100 * e.per_class[name][key] for e in evaluations], 1) for key in reversed(_SCORES))
+        scores = (
+            _spread([100 * e.per_class[row_name(name)][key] for e in evaluations], 1) for key in reversed(_SCORES)
+        )
         rows.append([name, *scores, f"{other}, {share:.1f} %" if taken.max() else "none"])
     return Table(["class", "F1, %", "recall, %", "precision, %", "most often taken for"], rows)
 
 
 def _reported(evaluation: Evaluation) -> list[str]:
     """The classes that have a row of scores, in order."""
-    return [name for name in evaluation.classes if name in evaluation.per_class]
+    return [name for name in evaluation.classes if row_name(name) in evaluation.per_class]
 
 
 _MEASURES: Sequence[tuple[str, str, int]] = (

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from acmix.config import PrecisionConfig, RunConfig
 from acmix.data.loader import Batch
-from acmix.engine.confusion import Confusion, class_report
+from acmix.engine.confusion import Confusion, class_report, write_report
 from acmix.engine.evaluate import evaluate
 from acmix.process.distributed import Distributed
 
@@ -115,3 +116,10 @@ def test_confusion_matrix_counts_each_pair_and_gives_recall(alone: Distributed) 
     report = class_report(matrix, ["ant", "bee", "cow"])
     assert [report[name]["recall"] for name in ("ant", "bee", "cow")] == [0.5, 0.5, 1.0]
     assert report["ant"]["support"] == 2
+
+
+def test_the_report_has_a_row_for_a_class_that_is_called_as_a_mean_is(tmp_path: Path) -> None:
+    write_report(tmp_path, np.array([[1, 0], [1, 2]]), ["accuracy", "$^$"])
+    assert (tmp_path / "classes.csv").read_text().splitlines()[1] == '"accuracy",0.5000,1.0000,0.6667,1'
+    report = json.loads((tmp_path / "classes.json").read_text())
+    assert (report["accuracy"], report["accuracy (class)"]["recall"]) == (0.75, 1.0)

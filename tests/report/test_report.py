@@ -1,6 +1,7 @@
 """The page of scripts/report.py: self-contained, complete, safe, and clear on what is missing."""
 
 import io
+import json
 import re
 import runpy
 from collections.abc import Callable
@@ -8,11 +9,15 @@ from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from acmix.checkpoint.atomic import write_atomically
 from acmix.config import load_config
+from acmix.engine.confusion import class_report
 from acmix.report.collect import collect
+from acmix.report.evaluation import Evaluation
+from acmix.report.tables import class_scores, results_table, worst_classes
 from acmix.telemetry.run_log import RunLog
 from scripts import report as report_program
 
@@ -187,6 +192,32 @@ def test_a_run_killed_before_its_first_row_is_reported(tmp_path: Path, report: R
     assert "never started: its record is empty" in page.text["what"]
     assert "No run logged a step" in page.text["curves"]
     assert [name for name in page.text if name != "head"] == SECTIONS
+
+
+def test_runs_of_one_seed_are_told_apart_and_are_no_seeds(tmp_path: Path, report: Report) -> None:
+    runs = [leave_run(tmp_path / name / "run") for name in ("one", "two")]
+    page = report(*runs, "--no-evaluation")
+    assert "2 runs of the seed 0 alone" in page.text["results"]
+    assert all(f"{run}-again" in page.text["commands"] for run in runs)
+
+
+def test_the_best_epoch_is_one_with_a_finite_loss(tmp_path: Path) -> None:
+    run = leave_run(tmp_path / "run", top1=60.0)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lucky = {"event": "eval", "step": 99, "epoch": 9, "loss": "nan", "top1": 99.0, "top5": 99.0, "count": 9}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*rows, lucky)))
+    table = results_table(collect([run]), {})
+    assert float(table.rows[0][table.heads.index("best epoch, %")]) == 61.0
+
+
+def test_classes_that_are_called_as_the_means_are_have_rows_of_their_own() -> None:
+    names = ["accuracy", "macro avg", "other"]
+    matrix = np.array([[3, 1, 0], [0, 4, 0], [2, 0, 2]])
+    evaluation = Evaluation(12, 12, 75.0, matrix, names, class_report(matrix, names))
+    assert [row[0] for row in class_scores([evaluation]).rows] == names
+    assert {row[0]: row[2] for row in worst_classes([evaluation]).rows} == {
+        "accuracy": "75.0", "macro avg": "100.0", "other": "50.0",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
