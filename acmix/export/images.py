@@ -8,7 +8,7 @@ from torch import Tensor
 
 from acmix.data.datasets import build_val_source
 from acmix.data.folders import image_files, no_images
-from acmix.data.images import decode_image, read_image_file
+from acmix.data.images import BadImage, decode_image, read_image_file
 from acmix.data.transforms import Transform
 from acmix.errors import UserError
 from acmix.export.load import Trained
@@ -39,4 +39,10 @@ def validation_images(trained: Trained, count: int) -> Tensor:
     source = build_val_source(trained.config, trained.classes)
     transform = Preprocessing.of(trained.config).transform()
     places = [place * len(source) // count for place in range(count)]
-    return torch.stack([transform(source.load(place)[0]) for place in places])
+    images = []
+    for place in places:
+        try:
+            images.append(transform(source.load(place)[0]))
+        except BadImage as error:
+            raise UserError(f"{source.describe(place)}: {error.reason}") from None
+    return torch.stack(images)

@@ -53,9 +53,14 @@ def export(
 
     Raises:
         RunFailure: where a logit differs by more than `check.LIMIT`; no file is left then.
-        UserError: where the file cannot be written, or packages are missing.
+        UserError: where the file cannot be written, packages are missing, or the network has diverged.
     """
     model = trained.model.float().cpu().eval()
+    with torch.inference_mode():
+        if not model(images).isfinite().all():
+            raise UserError(
+                f"{trained.path}: its logits are not finite: it has diverged; give a checkpoint from before"
+            )
     metadata = _metadata(trained)
 
     def write(any_size: bool) -> tuple[Written, float]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save
 from timm.data import create_transform
 
 from acmix.config import Config
@@ -214,6 +215,28 @@ def test_predict_refuses_an_exported_program_in_one_message_that_leads_on(
     assert outcome.status == 2
     assert f"--checkpoint {file}: predict.py does not run .pt2 files; give the run or checkpoint" in outcome.err
     assert "--config" not in outcome.err
+
+
+def test_a_network_that_has_diverged_is_not_exported(call: Call, run_dir: Path, tmp_path: Path):
+    weights = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
+    spoilt, out = tmp_path / "spoilt.safetensors", tmp_path / "net.pt2"
+    spoilt.write_bytes(save({name: tensor * float("nan") for name, tensor in weights.items()}))
+    own = ("--config", run_dir / "config.yaml", "model.num_classes=10")
+    outcome = call("export.py", "--checkpoint", spoilt, *own, "--format", "pt2", "--out", out)
+    assert outcome.status == 2
+    assert f"{spoilt}: its logits are not finite: it has diverged" in outcome.err
+    assert not out.exists()
+
+
+def test_validation_images_that_cannot_be_read_leave_noise_to_check_on(call: Call, run_dir: Path, tmp_path: Path):
+    for digit in range(10):
+        folder = tmp_path / "data" / "val" / str(digit)
+        folder.mkdir(parents=True)
+        (folder / "bad.png").write_bytes(b"no image")
+    data = ("data.dataset=folder", f"data.root={tmp_path / 'data'}")
+    outcome = call("export.py", "--checkpoint", run_dir, "--format", "pt2", "--out", tmp_path / "net.pt2", *data)
+    assert outcome.result["checked_on"] == "noise"
+    assert "bad.png (class 0): not an image" in outcome.err
 
 
 def test_a_file_that_computes_something_else_is_not_left(call: Call, run_dir: Path, tmp_path: Path, monkeypatch):
