@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from acmix import models
 from acmix.checkpoint.atomic import prove_writable, replacing
@@ -47,7 +47,8 @@ def convert(arguments: Sequence[str] | None) -> int:
     except ValueError as error:
         raise UserError(f"{options.source}: {error}") from error
     with replacing(options.out, make_parents=True) as temporary:
-        save_file(model.state_dict(), temporary, metadata={"format": "pt"})
+        # not save_file, whose files only their owner may read
+        temporary.write_bytes(save(model.state_dict(), metadata={"format": "pt"}))
     print(f"Wrote {options.out}: {options.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
     return 0
 

@@ -55,6 +55,8 @@ def find(options: argparse.Namespace) -> int:
     _check(options)
     config = load_config(options.config, options.overrides)
     result, scale = _test(config, options)
+    if not len(result.losses):
+        raise UserError("the first loss is not finite, at any rate: look at the data, or at the weights to start from")
     answer = _answer(result, scale)
     if options.out is not None:
         save_figure(draw(result, scale, config.model.name), options.out)

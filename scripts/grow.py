@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -47,6 +47,10 @@ PLAIN: dict[str, tuple[object, ...]] = {
 """Arguments of a network, with the values that the grown one does not take over."""
 
 
+IMAGES = 256
+"""Training images to fit the kernels to, unless told otherwise."""
+
+
 class Source(NamedTuple):
     """What to grow from: weights, and where there are, the config and classes of their run, the network of timm."""
 
@@ -69,7 +73,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", required=True, metavar="NAME", help="network to grow, such as acmix_swin_tiny")
     add("--out", required=True, type=Path, metavar="FILE.safetensors", help="file to write")
     add("--calibrate", metavar="CONFIG", help="config with training images to fit the kernels to, and validation data")
-    add("--images", type=int, default=256, metavar="N", help="training images to fit them to (256)")
+    add("--images", type=int, metavar="N", help="training images to fit them to (256)")
     add("--share", type=float, default=0.0, metavar="S", help="first weight of the new path (0); the other has 1 - S")
     add("--regroup", action="store_true", help="let channels of a convolution that share directions share a group")
     add("--force", action="store_true", help="overwrite the file if it exists")
@@ -92,7 +96,7 @@ def grow_from(options: argparse.Namespace) -> int:
         classes = asked.model.num_classes or (data.num_classes if data else _classes(options.model, source.weights))
         kwargs, size = _arguments(options.model, config, source.config) | asked.model.kwargs, _size(config, source)
         network = models.create_model(options.model, classes, image_size=size, **kwargs).to(dist.device)
-        images = None if config is None or data is None else _images(config, data, dist, options.images)
+        images = None if config is None or data is None else _images(config, data, dist, options.images or IMAGES)
         with tqdm(total=sum(isinstance(part, ACmix) for part in network.modules()), disable=None, leave=False) as bar:
             growth = models.grow(
                 network, source.weights, calibration=images, share=options.share, regroup=options.regroup,
@@ -102,7 +106,8 @@ def grow_from(options: argparse.Namespace) -> int:
             _prove_same(source.network, source.weights, options.model, kwargs)
         new = json.dumps(growth.new)
         with replacing(options.out, make_parents=True) as temporary:
-            save_file(network.state_dict(), temporary, metadata={"format": "pt", METADATA: new})
+            # not save_file, whose files only their owner may read
+            temporary.write_bytes(save(network.state_dict(), metadata={"format": "pt", METADATA: new}))
         print("\n".join(growth.lines()))
         if config is not None and data is not None and not any("classifier" in note for note in growth.notes):
             metrics = evaluate(network, data.val, dist, config.precision)
@@ -120,7 +125,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--out {options.out}: exists already; choose another name, or overwrite it with --force")
     if not 0 <= options.share < 1:
         raise UserError(f"--share: must be from 0 to less than 1, got {options.share}")
-    if options.images < 1:
+    if options.images is not None and options.calibrate is None:
+        raise UserError("--images: are those of --calibrate CONFIG; give that too, or leave them out")
+    if options.images is not None and options.images < 1:
         raise UserError(f"--images: must be at least 1, got {options.images}")
     prove_writable("--out", options.out)
 

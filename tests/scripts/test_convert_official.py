@@ -45,6 +45,7 @@ def test_the_result_loads_with_plain_timm_and_is_not_overwritten_unasked(officia
     arguments = [str(official), str(out), "--model", "acmix_resnet26"]
     assert convert_official.main(arguments) == 0
     assert list(tmp_path.iterdir()) == [out]
+    assert out.stat().st_mode == official.stat().st_mode
     torch.manual_seed(0)
     want = timm.create_model("acmix_resnet26", num_classes=3)
     got = timm.create_model("acmix_resnet26", num_classes=3)

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
 from acmix.engine.range_test import RangeTest, growing_rates
 
@@ -83,6 +85,15 @@ def test_rates_are_those_of_optimizer_lr_also_where_it_is_scaled(find: Find) -> 
     assert scaled["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert scaled["lr"] == pytest.approx([2 * rate for rate in plain["lr"]])
     assert scaled["steepest"] == pytest.approx(2 * plain["steepest"])
+
+
+def test_weights_that_give_no_finite_loss_are_told_as_such(find: Find) -> None:
+    weights = timm.create_model("test_resnet", num_classes=10).state_dict()
+    save_file({name: value * float("nan") for name, value in weights.items()}, "spoilt.safetensors")
+    status, out, errors = find("--out", "curve.png", "model.checkpoint=spoilt.safetensors")
+    assert (status, out) == (2, "")
+    assert "the first loss is not finite" in errors
+    assert not Path("curve.png").exists()
 
 
 @pytest.mark.parametrize(

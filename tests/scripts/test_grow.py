@@ -91,7 +91,13 @@ def test_the_metadata_say_what_is_new_and_the_file_loads_with_plain_timm(program
         assert json.loads(opened.metadata()["acmix.new"]) == new_parameters("deep/grown.safetensors")
     network = models.create_model("acmix_resnet26", 3, stem="cifar", base_width=8)
     network.load_state_dict(load_file("deep/grown.safetensors"))
+    assert mode_of("deep/grown.safetensors") == mode_of("tiny.yaml")
     assert program(*arguments, *shape)[0] == 2  # it exists
+
+
+def mode_of(file: str) -> int:
+    """Who may read and write a file."""
+    return Path(file).stat().st_mode
 
 
 @pytest.mark.parametrize(
@@ -103,6 +109,7 @@ def test_the_metadata_say_what_is_new_and_the_file_loads_with_plain_timm(program
         (["--from", "nowhere", "--out", "/proc/no/a.safetensors"], "cannot write there"),
         (["--from", "nowhere", "--out", "a.safetensors", "--share", "1"], "--share"),
         (["--from", "nowhere", "--out", "a.safetensors", "data.root=x"], "--calibrate"),
+        (["--from", "nowhere", "--out", "a.safetensors", "--images", "9"], "--images: are those of --calibrate"),
         (["--from", "timm:resnet5000", "--out", "a.safetensors"], "no pretrained weights of that name"),
     ],
 )
