@@ -3,19 +3,24 @@
 from argparse import ArgumentParser
 from collections import OrderedDict
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 import acmix.models  # noqa: F401 - registers our networks with timm
-from acmix.config.yaml import read_yaml
-from acmix.errors import UserError
+from acmix.config.yaml import read_arguments
+from acmix.errors import UserError, one_line
+from acmix.process.program import whole_number
+
+_TRIAL = (3, 64, 96)  # an image that a backbone has to take
 
 
 class FeatureMaps(nn.Module):
@@ -72,26 +77,33 @@ def add_backbone_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="acmix_resnet26", metavar="NAME", help="backbone, any of timm's registry (acmix_resnet26)")
     add("--weights", type=Path, metavar="FILE", help="trained weights of the backbone, .safetensors")
-    add("--width", type=int, default=256, metavar="N", help="channels of the feature pyramid (256)")
+    add("--width", type=whole_number, default=256, metavar="N", help="channels of the feature pyramid (256)")
     add("kwargs", nargs="*", metavar="KEY=VALUE", help="arguments of the backbone, such as base_width=16 stem=cifar")
 
 
 def build_features(name: str, levels: int, weights: Path | None, settings: Sequence[str]) -> FeatureMaps:
     """The maps of the network that a command line names. Raises UserError."""
-    kwargs = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"{setting}: arguments of the backbone are given as KEY=VALUE")
-        kwargs[key] = read_yaml(value, setting).values
+    kwargs = read_arguments(settings)
     if not timm.is_model(name):
-        raise UserError(f"--model {name}: timm has no such network; timm.list_models() in Python lists all names")
+        nearest = ", ".join(get_close_matches(name, timm.list_models(), n=1))
+        hint = f"; did you mean {nearest}?" if nearest else "; timm.list_models() in Python lists all names"
+        raise UserError(f"--model {name}: timm has no such network{hint}")
     if weights is not None and not (weights.suffix == ".safetensors" and weights.is_file()):
         raise UserError(f"--weights {weights}: no such file, or not .safetensors")
+    asked = " ".join([name, *settings] if weights is None else [name, *settings, "--weights", str(weights)])
     try:
-        return FeatureMaps(name, levels, weights, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--model {name} {' '.join(settings)}: {error}") from error
+        features = FeatureMaps(name, levels, weights, **kwargs)
+    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model {asked}: {one_line(error)}") from error
+    try:
+        with torch.no_grad():
+            features.eval()(torch.zeros(1, *_TRIAL))
+    except (AssertionError, ValueError, RuntimeError) as error:
+        size = "×".join(map(str, _TRIAL))
+        raise UserError(
+            f"--model {asked}: takes no image of {size}, but has to take any size: {one_line(error)}"
+        ) from error
+    return features.train()
 
 
 def pick_device() -> torch.device:

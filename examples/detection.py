@@ -31,11 +31,11 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 import shapes
 from acmix.checkpoint.atomic import prove_writable, replacing
 from acmix.json_text import json_text
-from acmix.process.program import Arguments, run_program
+from acmix.process.program import Arguments, run_program, whole_number
 from average_precision import decode_mask, encode_mask, evaluate, ground_truth
 from backbone import FeatureMaps, add_backbone_arguments, build_features, pick_device, pyramid
 from folders import coco
-from training import SPAN, add_training_arguments, mean, train
+from training import SPAN, add_training_arguments, mean, size_of_images, train
 
 LEVELS = {"retinanet": 3, "maskrcnn": 4}
 DRAWN = 4  # images in the picture
@@ -182,12 +182,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--head", choices=sorted(LEVELS), default="retinanet", help="detector (retinanet)")
     add("--coco", type=Path, metavar="FOLDER", help="COCO's images and annotations; else shapes are drawn")
-    add("--size", type=int, default=128, metavar="N", help="shortest side of an image, in pixels (128)")
-    add("--images", type=int, default=32, metavar="N", help="shapes: images to evaluate on (32)")
+    add("--size", type=size_of_images, default=128, metavar="N", help="shortest side of an image, in pixels (128)")
+    add("--images", type=whole_number, default=32, metavar="N", help="shapes: images to evaluate on (32)")
     add("--out", type=Path, default=Path("runs/detection"), metavar="FOLDER", help="(runs/detection)")
     add_backbone_arguments(parser)
     add_training_arguments(parser)
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from acmix.errors import UserError
+from acmix.errors import UserError, one_line
 from acmix.paths import missing_path_hint
 
 
@@ -26,9 +26,14 @@ def coco(root: Path, split: str, *, train: bool) -> tuple[Dataset[tuple[Tensor, 
     annotations = _existing(root / "annotations" / f"instances_{split}.json")
     flip = [v2.RandomHorizontalFlip()] if train else []
     transforms = v2.Compose([v2.ToImage(), *flip, v2.ToDtype(torch.float32, scale=True)])
-    dataset = CocoDetection(_existing(root / split), annotations, transforms=transforms)
-    if train:
+    try:
+        dataset = CocoDetection(_existing(root / split), annotations, transforms=transforms)
         truth = dataset.coco
+        if not truth.dataset["categories"]:
+            raise ValueError("it has no categories")
+    except (ValueError, LookupError, TypeError, AssertionError) as error:
+        raise UserError(f"{annotations}: is no file of COCO's instances: {one_line(error)}") from error
+    if train:
         for image, found in truth.imgToAnns.items():
             truth.imgToAnns[image] = [a for a in found if not a["iscrowd"] and min(a["bbox"][2:]) >= 1]
         dataset.ids = [image for image in dataset.ids if truth.imgToAnns.get(image)]

@@ -24,10 +24,10 @@ from torchvision.utils import make_grid, save_image
 import shapes
 from acmix.checkpoint.atomic import prove_writable, replacing
 from acmix.json_text import json_text
-from acmix.process.program import Arguments, run_program
+from acmix.process.program import Arguments, run_program, whole_number
 from backbone import FeatureMaps, add_backbone_arguments, build_features, pick_device, pyramid
 from folders import ADE20K
-from training import SPAN, add_training_arguments, mean, train
+from training import SPAN, add_training_arguments, mean, size_of_images, train
 
 UNLABELLED = 255
 ADE20K_CLASSES = 150
@@ -200,19 +200,25 @@ def _data(options: argparse.Namespace) -> tuple[Dataset[Any], Dataset[Any], int]
     return training, ADE20K(options.ade20k, "validation", options.size, crop=False), ADE20K_CLASSES
 
 
+def _head_width(text: str) -> int:
+    if (width := whole_number(text)) % 4 == 0:
+        return width
+    raise argparse.ArgumentTypeError(f"{width} is not a multiple of 4")
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Arguments(
         prog="segmentation.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--ade20k", type=Path, metavar="FOLDER", help="ADE20K's images and annotations; else shapes are drawn")
-    add("--size", type=int, default=128, metavar="N", help="shortest side of an image, in pixels (128)")
-    add("--images", type=int, default=32, metavar="N", help="shapes: images to evaluate on (32)")
-    add("--head-width", type=int, default=128, metavar="N", help="channels of the head, a multiple of 4 (128)")
+    add("--size", type=size_of_images, default=128, metavar="N", help="shortest side of an image, in pixels (128)")
+    add("--images", type=whole_number, default=32, metavar="N", help="shapes: images to evaluate on (32)")
+    add("--head-width", type=_head_width, default=128, metavar="N", help="channels of the head, a multiple of 4 (128)")
     add("--out", type=Path, default=Path("runs/segmentation"), metavar="FOLDER", help="(runs/segmentation)")
     add_backbone_arguments(parser)
     add_training_arguments(parser)
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

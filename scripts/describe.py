@@ -21,7 +21,7 @@ from timm.layers import to_2tuple
 
 from acmix import models
 from acmix.config import load_config
-from acmix.config.yaml import read_yaml
+from acmix.config.yaml import read_arguments, read_yaml
 from acmix.errors import UserError
 from acmix.json_text import json_text
 from acmix.models.acmix_san import ACmixSAN
@@ -95,16 +95,9 @@ def _of_name(options: argparse.Namespace) -> Wanted:
     if not options.words or "=" in options.words[0]:
         raise UserError("give the name of a model first, such as acmix_resnet26, or --config FILE")
     name, *pairs = options.words
-    kwargs: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise UserError(f"{pair!r} is not of the form KEY=VALUE, such as mix=attention")
-        if key in kwargs:
-            raise UserError(f"{key}: given twice")
-        if key in _NO_ARGUMENTS:
-            raise UserError(f"{key}: is no argument of a network; {_NO_ARGUMENTS[key]}")
-        kwargs[key] = read_yaml(text, key).values
+    kwargs = read_arguments(pairs)
+    if found := next((key for key in kwargs if key in _NO_ARGUMENTS), None):
+        raise UserError(f"{found}: is no argument of a network; {_NO_ARGUMENTS[found]}")
     classes = kwargs.get("num_classes")
     if classes is not None and (type(classes) is not int or classes < 0):
         raise UserError(f"num_classes: {classes!r} must be a whole number, 0 for a network without a classifier")

@@ -5,6 +5,7 @@ Differences from PyYAML's safe loader: numbers, booleans and nulls follow YAML 1
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,3 +160,19 @@ def _refused_tag(node: yaml.Node, path: KeyPath, source: str) -> UserError:
     where = f"{source}:{node.start_mark.line + 1}: {dotted(path)}".rstrip(": ")
     tag = node.tag.replace(_CORE, "!!")
     return UserError(f"{where}: the tag {tag} is refused: a config holds plain data only, nothing that names code")
+
+
+def read_arguments(settings: Sequence[str]) -> dict[str, Any]:
+    """The arguments that a command line gives a network as KEY=VALUE, values as in YAML.
+
+    Raises UserError for another form, and for a key given twice.
+    """
+    arguments: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(f"{setting!r} is not of the form KEY=VALUE, such as mix=attention")
+        if key in arguments:
+            raise UserError(f"{key}: given twice")
+        arguments[key] = read_yaml(text, key).values
+    return arguments

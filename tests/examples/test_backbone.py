@@ -62,10 +62,22 @@ def test_frozen_norms_do_in_training_what_they_did_in_evaluation():
     ("name", "settings", "message"),
     [
         ("acmix_resnet", [], "--model acmix_resnet"),
+        ("acmix_resnet62", [], "did you mean acmix_resnet26"),
         ("acmix_resnet26", ["base_width"], "KEY=VALUE"),
+        ("acmix_resnet26", ["base_width=8", "in_chans=1"], "takes no image of 3×64×96"),
+        ("vit_tiny_patch16_224", [], "takes no image of 3×64×96"),
         ("acmix_resnet26", ["base_width=0"], "base_width"),
     ],
 )
 def test_a_backbone_that_cannot_be_built_is_named(name, settings, message):
     with pytest.raises(UserError, match=message):
         build_features(name, 4, None, settings)
+
+
+def test_weights_that_are_none_or_of_another_network_are_one_line(tmp_path: Path):
+    (tmp_path / "none.safetensors").write_bytes(b"no weights")
+    save_file(timm.create_model("acmix_resnet26", **NARROW).state_dict(), tmp_path / "narrow.safetensors")
+    for name in ("none", "narrow"):
+        with pytest.raises(UserError, match=f"{name}.safetensors: ") as refusal:
+            build_features("acmix_resnet26", 4, tmp_path / f"{name}.safetensors", ["base_width=16"])
+        assert "\n" not in str(refusal.value)

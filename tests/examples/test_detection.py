@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import detection
+from acmix.errors import UserError
 from average_precision import encode_mask, evaluate, ground_truth
 from shapes import CLASSES, Shapes
 from training import train
@@ -80,6 +81,34 @@ def test_training_stops_when_the_loss_has_come_down_far_enough():
     assert sum(losses[-5:]) <= sum(losses[:5]) / 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch", "0"], "--batch: '0' is not a whole number above 0"),
+        (["--steps", "0"], "--steps"),
+        (["--images", "0"], "--images"),
+        (["--width", "0"], "--width"),
+        (["--size", "8"], "--size: 8 is less than 32 pixels"),
+        (["--workers", "-1"], "--workers"),
+        (["--seed", "-1"], "--seed"),
+        (["--lr", "nan"], "--lr: 'nan' is not a number"),
+        (["--until", "x"], "--until: 'x' is not a number"),
+        (["base_width=8", "--steps", "1", "base_width=16"], "base_width: given twice"),
+    ],
+)
+def test_bad_usage_is_one_message(arguments, told, tmp_path, capsys):
+    assert detection.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert told in errors
+    assert errors.count("\n") == 1
+
+
+def test_fewer_images_than_a_batch_holds_end_the_training_at_once():
+    batches = torch.utils.data.DataLoader(torch.ones(3, 1), 4, drop_last=True)
+    with pytest.raises(UserError, match="--batch 4: there are fewer images"):
+        train(torch.nn.Linear(1, 1), batches, lambda batch: batch.sum(), steps=1, until=0.5, lr=0.01)
+
+
 def test_coco_s_layout_is_trained_on_and_evaluated(tmp_path: Path, capsys):
     write_as_coco(tmp_path / "coco")
     result = result_of(
@@ -104,6 +133,14 @@ def write_as_coco(folder: Path) -> None:
         for entry in truth["annotations"]:
             entry["segmentation"] = {**entry["segmentation"], "counts": entry["segmentation"]["counts"].decode()}
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [], "annotations": [], "categories": []}'])
+def test_annotations_that_are_not_coco_s_are_named(text, tmp_path: Path, capsys):
+    write_as_coco(tmp_path)
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(text)
+    assert detection.main(["--coco", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "instances_val2017.json: is no file of COCO's instances" in capsys.readouterr().err
 
 
 def test_a_folder_without_coco_is_named(tmp_path: Path, capsys):
