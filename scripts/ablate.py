@@ -1,17 +1,19 @@
 """Run a study, arms × seeds of one config, and compare the arms: results.json, .md, .png, .svg, and report.html.
 
-    python scripts/ablate.py STUDY.yaml [--out DIR] [--dry-run] [--collect] [--jobs N] [--print torchrun|slurm]
-                                        [KEY.PATH=VALUE ...]
+    python scripts/ablate.py STUDY.yaml [--out DIR] [--dry-run | --collect | --print torchrun|slurm] [--jobs N]
+                                        [--program FILE.py] [KEY.PATH=VALUE ...]
 
 The runs lie in DIR/runs/ARM/seed-N, their output in DIR/runs/ARM/seed-N.log. A call that was stopped goes on where it
 left off: finished runs stay, the others resume. KEY.PATH=VALUE holds for every run. --print gives the commands to start
-the runs elsewhere; the same call without it then compares them.
+the runs elsewhere; the same call without it then compares them. --program: a file of yours that registers parts and
+hands over to train.main (docs/EXTENDING.md); it is imported here, and started for each run in place of train.py.
 
 Exit status: 0 done; 2 bad usage, study or config, or every run that failed ended with 2; 75 stopped by a signal, start
 it again; 1 a run failed for another reason.
 """
 
 import argparse
+import importlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,8 +25,9 @@ from acmix.checkpoint.atomic import prove_writable, write_atomically
 from acmix.config import Config
 from acmix.cores import usable_cores
 from acmix.engine.lock import RunLock
-from acmix.errors import UserError
+from acmix.errors import UserError, one_line
 from acmix.json_text import json_text
+from acmix.paths import missing_path_hint
 from acmix.process.program import BAD_USAGE, DONE, FAILED, REQUEUE, Arguments, run_program
 from acmix.process.signals import StopSignals
 from acmix.report.collect import collect
@@ -59,15 +62,18 @@ def ablate(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     options = _arguments().parse_intermixed_args(arguments)
     if options.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {options.jobs}")
+    program = TRAIN if options.program is None else import_program(options.program, options.print)
     study = load_study(options.study)
     check_overrides(study, options.overrides)
     out = options.out or Path("runs", "studies", study.name)
     typed = shlex.join(sys.argv[1:] if arguments is None else arguments)
-    desk = Desk(study, out, tuple(options.overrides), options.jobs, signals, f"python scripts/ablate.py {typed}")
+    desk = Desk(
+        study, out, tuple(options.overrides), options.jobs, signals, f"python scripts/ablate.py {typed}", program
+    )
     check_budget(study, desk.configs)
     if options.print:
         todo = [run for run in desk.plan(measure=False) if state_of(run) != "done"]
-        print("\n".join(line(run, options.print, study.name, CHECKOUT) for run in todo))
+        print("\n".join(line(run, options.print, study.name, CHECKOUT, program) for run in todo))
         return DONE
     if options.dry_run:
         print("\n".join(desk.describe()))
@@ -84,12 +90,29 @@ def _arguments() -> Arguments:
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY.yaml", help="name, base, arms, seeds, reference and, if wanted, equal")
     add("--out", type=Path, metavar="DIR", help="folder of the study (runs/studies/NAME)")
-    add("--dry-run", action="store_true", help="check everything and print the plan; start and write nothing")
-    add("--collect", action="store_true", help="start nothing, compare what is finished")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--dry-run", action="store_true", help="check everything and print the plan; start and write nothing")
+    instead("--collect", action="store_true", help="start nothing, compare what is finished")
+    instead("--print", choices=("torchrun", "slurm"), help="print a command for each run that is not finished")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (1)")
-    add("--print", choices=("torchrun", "slurm"), help="print a command for each run that is not finished")
+    add("--program", type=Path, metavar="FILE.py", help="a file of yours to start in place of train.py")
     add("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="config values of every run")
     return parser
+
+
+def import_program(file: Path, starter: str | None) -> Path:
+    """Register the parts in a file of the user's, for the plan; returns where it is, to start. Raises UserError."""
+    if file.suffix != ".py" or not file.is_file():
+        raise UserError(f"--program {file}: no such file, or not .py{missing_path_hint(file)}")
+    if starter == "slurm":
+        raise UserError("--program: the job of --print slurm starts train.py; take --print torchrun in a job of yours")
+    file = file.resolve()
+    sys.path[:0] = [str(file.parent), str(CHECKOUT)]
+    try:
+        importlib.import_module(file.stem)
+    except ImportError as error:
+        raise UserError(f"--program {file}: cannot be imported: {one_line(error)}") from error
+    return file
 
 
 class Stopped(Exception):
@@ -100,7 +123,7 @@ class Stopped(Exception):
 class Desk:
     """One call of the program: a study, its folder, and what was asked for on the command line.
 
-    typed: the command, for the results.
+    typed: the command, for the results; program: what starts a run.
     """
 
     study: Study
@@ -109,6 +132,7 @@ class Desk:
     jobs: int
     signals: StopSignals
     typed: str
+    program: Path
 
     @cached_property
     def configs(self) -> dict[str, Config]:
@@ -172,7 +196,7 @@ class Desk:
                 forecast.add(run.arm, outcome.seconds)
         threads = max(1, usable_cores() // self.jobs) if self.jobs > 1 else None
         runner = Runner(
-            partial(command, program=TRAIN, threads=threads),
+            partial(command, program=self.program, threads=threads),
             self.signals, jobs, forecast, total=len(runs), done=len(runs) - len(todo),
         )  # fmt: skip
         self.signals.begin()

@@ -17,11 +17,11 @@ def command(run: Run, program: Path, threads: int | None = None) -> list[str]:
     return [sys.executable, str(program), *run.arguments, *share]
 
 
-def line(run: Run, starter: Starter, study: str, checkout: Path) -> str:
+def line(run: Run, starter: Starter, study: str, checkout: Path, program: Path) -> str:
     """One line of shell that starts the run, or goes on with it, on all GPUs of a machine or as a SLURM job."""
     arguments = list(run.arguments)
     if starter == "torchrun":
-        return shlex.join(["torchrun", "--nproc-per-node", "gpu", str(checkout / "train.py"), *arguments])
+        return shlex.join(["torchrun", "--nproc-per-node", "gpu", str(program), *arguments])
     for part in ("--resume", "auto"):  # the job's script gives it
         arguments.remove(part)
     name = f"{study}-{run.arm}-{run.seed}"

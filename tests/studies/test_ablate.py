@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,19 @@ from acmix.studies.schema import load_study
 from scripts import ablate
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ablate.py"
+ABLATE = str(SCRIPT)
+OWN = """
+import sys
+import timm
+import train
+
+@timm.models.register_model
+def net_of_my_own(pretrained=False, **kwargs):
+    return timm.create_model("test_resnet", **kwargs)
+
+if __name__ == "__main__":
+    sys.exit(train.main())
+"""
 SCORES = {"learned": [60.0, 62.0, 61.5], "sum": [59.0, 60.0, 61.0]}
 
 
@@ -140,6 +154,24 @@ def test_printed_lines_start_the_runs_that_are_left(
         assert (str(run.log) in words) == (starter == "slurm")
 
 
+def test_a_study_over_parts_of_ones_own_plans_with_them_and_starts_their_file(
+    study_file: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = study_file.with_name("parts_of_my_own.py")
+    file.write_text(OWN)
+    study_file.write_text(
+        study_file.read_text().replace("{model.kwargs.mix: sum}", "{model.name: net_of_my_own, model.kwargs: {}}")
+    )
+    arguments = [str(study_file), "--out", str(out)]
+    assert ablate.main([*arguments, "--dry-run"]) == 2
+    assert "there is no model 'net_of_my_own'" in capsys.readouterr().err
+    assert ablate.main([*arguments, "--dry-run", "--program", str(file)]) == 0
+    assert ablate.main([*arguments, "--print", "torchrun", "--program", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()[-6:]
+    assert all(f" {file} --config " in text for text in lines)
+
+
 def test_equal_time_scales_epochs_by_rates_measured_before(
     study_file: Path, out: Path, write_run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +193,11 @@ def test_equal_time_scales_epochs_by_rates_measured_before(
     [
         (["missing.yaml"], "missing.yaml: no such study file"),
         (["STUDY", "--jobs", "0"], "--jobs: must be at least 1"),
+        (["STUDY", "--dry-run", "--print", "torchrun"], "not allowed with argument"),
+        (["STUDY", "--dry-run", "--collect"], "not allowed with argument"),
+        (["STUDY", "--program", "nowhere.py"], "--program nowhere.py: no such file"),
+        (["STUDY", "--program", "STUDY"], "or not .py"),
+        (["STUDY", "--program", ABLATE, "--print", "slurm"], "--print slurm starts train.py"),
         (["STUDY", "model.kwargs.mix=sum"], "as arm sum of the study"),
         (["STUDY", "--dry-run", "model.kwargs.hds=3"], "arm learned: model.kwargs.hds: acmix_resnet26 takes no such"),
         (["STUDY", "--collect", "--out", "STUDY"], "--out"),
