@@ -82,6 +82,19 @@ def test_run_checkpoint_and_weights_give_what_training_logged(run_dir: Path, eva
         }
 
 
+def test_a_world_size_that_no_torchrun_gave_leaves_no_image_out(
+    run_dir: Path, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluate("--checkpoint", run_dir).result["count"] == 360
+
+
+def test_half_a_description_of_a_group_is_refused(run_dir: Path, launcher: Any) -> None:
+    program = launcher.start(ROOT / "eval.py", "--checkpoint", run_dir, env={"RANK": "0", "WORLD_SIZE": "1"})
+    assert program.wait(60) == 2
+    assert program.errors.startswith("error: the environment has RANK, but not MASTER_ADDR, MASTER_PORT: start several")
+
+
 def test_raw_weights_on_request_and_the_result_in_a_file(run_dir: Path, evaluate: Evaluate, tmp_path: Path) -> None:
     averaged = evaluate("--checkpoint", run_dir, "--weights", "ema").result
     raw = evaluate("--checkpoint", run_dir, "--weights", "raw", "--json", tmp_path / "raw.json").result

@@ -22,6 +22,9 @@ from acmix.process.watchdog import Watchdog
 
 Result = TypeVar("Result")
 
+_DESCRIPTION = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun puts in the environment of a process besides its RANK."""
+
 
 class Verdict(NamedTuple):
     """What all ranks agree on at a step boundary.
@@ -56,15 +59,20 @@ class Distributed:
     def start(cls, run: RunConfig) -> Self:
         """Join the group that torchrun describes in the environment; without torchrun, be the only process.
 
-        Raises UserError when `run.device` is cuda and there is no CUDA, or fewer GPUs than processes on this machine.
+        Raises UserError when `run.device` is cuda and there is no CUDA, or fewer GPUs than processes on this machine,
+        and when the environment describes a group in part.
         """
-        rank = int(os.environ.get("RANK", "0"))
+        if "RANK" not in os.environ:  # a WORLD_SIZE alone, as some batch systems export it, makes no group
+            return cls(0, 1, 0, _pick_device(run.device, 0), Watchdog(0, 1, run.timeout))
+        if missing := [name for name in _DESCRIPTION if name not in os.environ]:
+            raise UserError(
+                f"the environment has RANK, but not {', '.join(missing)}: start several processes with torchrun, or "
+                "take RANK out of the environment to start one"
+            )
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
         device = _pick_device(run.device, local_rank)
         watchdog = Watchdog(rank, world_size, run.timeout)
-        if "RANK" not in os.environ:
-            return cls(rank, world_size, local_rank, device, watchdog)
         # The watchdog reports a hang with rank and step; the group's own timeout is the fallback.
         timeout = timedelta(seconds=run.timeout + 60)
         with ending_with_launcher():
