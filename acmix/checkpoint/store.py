@@ -141,31 +141,34 @@ class CheckpointStore:
         """Whether there is a checkpoint of `step`, sound or not."""
         return any(number == step for number, _ in list_checkpoints(self.folder))
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, best: int | None = None) -> None:
         """Move checkpoints later than `step` to `checkpoints/abandoned/`: the run goes on from `step`.
 
         Nothing is deleted; `newest`, `last` and pruning no longer see them. Call it when a run resumes: if it is killed
-        before its next save, the next resume must not pick up the abandoned checkpoints.
+        before its next save, the next resume must not pick up the abandoned checkpoints. `best` is the step of the best
+        evaluation until then, None for none: the link is put right too.
         """
         with _as_user_error(self.folder):
-            self._rewind(step)
+            self._rewind(step, best)
 
-    def _rewind(self, step: int) -> None:
+    def _rewind(self, step: int, best: int | None = None) -> None:
         later = [(number, path) for number, path in list_checkpoints(self.folder) if number > step]
         shelf = self.folder / ABANDONED
-        for number, path in sorted(later, reverse=True):
+        for later_step, path in sorted(later, reverse=True):
             shelf.mkdir(exist_ok=True)
-            place, copy = shelf / step_name(number), 2
+            place, copy = shelf / step_name(later_step), 2
             while place.exists():
-                place, copy = shelf / f"{step_name(number)}-{copy}", copy + 1
+                place, copy = shelf / f"{step_name(later_step)}-{copy}", copy + 1
             os.rename(path, place)
-            for name in ("last", "best"):
-                if link_target(self.folder / name) == step_name(number):
-                    (self.folder / name).unlink()
-        # A kill between a save's rename and its link leaves `last` one checkpoint behind; here it catches up.
-        if (self.folder / step_name(step)).is_dir() and link_target(self.folder / "last") != step_name(step):
-            replace_link(self.folder / "last", step_name(step))
-            sync_folder(self.folder)
+            for link in ("last", "best"):
+                if link_target(self.folder / link) == step_name(later_step):
+                    (self.folder / link).unlink()
+        # A kill between a save's rename and its links leaves these one checkpoint behind; here they catch up.
+        for link, number in (("last", step), ("best", best)):
+            name = None if number is None else step_name(number)
+            if name and (self.folder / name).is_dir() and link_target(self.folder / link) != name:
+                replace_link(self.folder / link, name)
+                sync_folder(self.folder)
 
     def _start(self, work: Callable[[], None]) -> None:
         # Not a daemon thread: the interpreter waits for it at exit, so a save that has begun is finished.

@@ -39,6 +39,7 @@ class Session:
         self.folder: Path | None = None
         self.changes: Changes = {}
         self.new: list[str] = []
+        self._best: int | None = None  # step of the best evaluation before this attempt
         self._log: RunLog | None = None
         self._store: CheckpointStore | None = None
         self._held = ExitStack()
@@ -73,6 +74,7 @@ class Session:
             return None
         snapshot = self.dist.all_or_none(lambda: load_checkpoint(Path(folder)) if found is None else found.snapshot())
         self.new = snapshot.progress.get(PROGRESS, [])
+        self._best = (snapshot.progress.get("best") or {}).get("step")
         saved = snapshot.progress.get("config")
         self.config = settled(self.config, saved)
         self.changes = changed_keys(saved, self.config)
@@ -141,7 +143,7 @@ class Session:
         folder = self.choice.folder or new_folder(str(self.config.run.name))
         self._lock(folder)
         store = self._store or self._open_store(folder)
-        store.rewind(step)
+        store.rewind(step, self._best)
         self.folder = folder
         self.summarise("running", resumed_from=step or None)
         write_atomically(folder / CONFIG, self.config.dump())

@@ -265,6 +265,18 @@ def test_a_link_that_a_kill_left_behind_catches_up_when_the_run_goes_on(tmp_path
     assert os.readlink(store.folder / "last") == "step_00000002"
 
 
+def test_the_link_to_the_best_catches_up_too_and_is_of_the_course_that_goes_on(tmp_path: Path) -> None:
+    store = make_store(tmp_path, keep=9)
+    for step in (1, 2, 3):
+        store.save(make_snapshot(step), best=step == 1)
+    (store.folder / "best").unlink()
+    store.rewind(3, best=1)
+    assert os.readlink(store.folder / "best") == "step_00000001"
+    store.save(make_snapshot(4), best=True)
+    store.rewind(1, best=1)
+    assert os.readlink(store.folder / "best") == "step_00000001"
+
+
 def test_rewinding_sets_later_checkpoints_aside(tmp_path: Path) -> None:
     store = make_store(tmp_path, keep=9)
     for step in (1, 2, 3):

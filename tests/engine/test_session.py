@@ -39,6 +39,16 @@ def load_and_open(choice: RunChoice, config: Config) -> None:
         session.open(["0", "1"], 0 if snapshot is None else snapshot.step)
 
 
+def test_a_resume_points_best_at_the_checkpoint_that_a_killed_save_left_without_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 2, background=False, on_error="stop")
+    for step in (1, 2):
+        progress = {"step": step, "best": {"step": step}}
+        store.save(Snapshot({"weight": torch.zeros(1)}, None, {}, progress), best=step == 1)
+    config = load_config(QUICKSTART, [f"run.dir={tmp_path}", "run.device=cpu"])
+    load_and_open(choose_run(config, "auto"), config)
+    assert (store.folder / "best").resolve().name == "step_00000002"
+
+
 def bytes_read() -> int:
     """Bytes that this process has read from files so far."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
