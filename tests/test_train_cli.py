@@ -201,17 +201,25 @@ def strict_json(path: Path) -> Any:
 def test_a_network_that_diverged_is_told_is_never_the_best_and_leaves_json_that_every_reader_takes(
     train: Train,
 ) -> None:
-    diverge = ["run.dir=run", "optimizer.lr=1e30"]
-    outcome = train(*diverge, "schedule.steps=1")
-    assert outcome.status == 0, outcome.err
+    outcome = train("run.dir=run", "optimizer.lr=1e30", "data.batch_size=1400", "schedule.epochs=2")
+    assert outcome.status == 1, outcome.err
     assert "warning: the loss of this evaluation is nan" in outcome.err
-    summary = strict_json(Path("run/summary.json"))
-    assert (summary["best"], summary["last"]["loss"]) == (None, "nan")
+    assert "the loss is not finite at step 2" in outcome.err
+    assert "step_00000001, of the weights that gave this loss; there is none before it" in outcome.err
     assert not Path("run/checkpoints/best").is_symlink()
     progress = strict_json(Path("run/checkpoints/last/progress.json"))
-    assert progress["history"] == [summary["last"]]
-    resumed = train(*diverge, "schedule.steps=2", "--resume", "auto")
-    assert "the loss is not finite at step 2" in resumed.err
+    assert (progress["best"], progress["history"][0]["loss"]) == (None, "nan")
+
+
+def test_a_run_that_diverges_at_its_last_step_is_not_done_and_goes_on_from_before(train: Train) -> None:
+    begin = ["run.dir=run", "run.checkpoint_every=1", "schedule.steps=2"]
+    outcome = train(*begin, "optimizer.lr=1e30", "schedule.warmup_epochs=1.9", "schedule.warmup_lr=1e-9")
+    assert outcome.status == 1, outcome
+    assert "error: the run ends at step 2 with an evaluation whose loss is nan" in outcome.err
+    assert strict_json(Path("run/summary.json"))["status"] == "failed"
+    assert Path("run/checkpoints/last").resolve().name == "step_00000001", "what diverged is not saved"
+    assert train(*begin, "--resume", "auto").status == 0
+    assert strict_json(Path("run/summary.json"))["status"] == "done"
 
 
 def test_kwargs_of_optimizer_and_schedule_are_part_of_the_resolved_config(train: Train) -> None:

@@ -60,7 +60,8 @@ class CheckpointStore:
 
     run_dir: the run folder. keep: number of newest checkpoints to keep, besides the targets of `last` and `best`.
     background: write in a thread while training goes on; at most one save is under way. on_error: after a failed save,
-    `stop` raises SaveError at the next call of save, poll or wait; `continue` warns on stderr at once.
+    `stop` raises SaveError at the next call of save, poll or wait; `continue` warns on stderr at once, and only `settle`
+    raises.
     """
 
     def __init__(self, run_dir: Path, keep: int, *, background: bool, on_error: Literal["stop", "continue"]) -> None:
@@ -71,6 +72,7 @@ class CheckpointStore:
         self._buffers = SnapshotBuffers()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._passed_over: SaveError | None = None  # of the last save, where training went on
         self._saves = 0
         with _as_user_error(self.folder):
             clean_leftovers(self.folder)
@@ -111,6 +113,12 @@ class CheckpointStore:
             self._thread.join()
             self._thread = None
         self.poll()
+
+    def settle(self) -> None:
+        """As wait, when no other save follows: raises SaveError also where on_error is `continue`."""
+        self.wait()
+        if self._passed_over is not None:
+            raise self._passed_over
 
     def poll(self) -> None:
         """Raise the error of a save that has failed; does not wait, so it is cheap enough for every step."""
@@ -176,11 +184,13 @@ class CheckpointStore:
         self._thread.start()
 
     def _write_and_note_errors(self, snapshot: Snapshot, progress: bytes, best: bool, number: int) -> None:
+        self._passed_over = None
         try:
             self._write(snapshot, progress, best, number)
         except OSError as cause:
             error = self._save_error(snapshot, cause)
             if self.on_error == "continue":
+                self._passed_over = error
                 print(f"warning: {error}; training goes on and the next save tries again", file=sys.stderr, flush=True)
             else:
                 error.__cause__ = cause

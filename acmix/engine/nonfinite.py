@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from acmix.checkpoint.layout import list_checkpoints, step_of
 from acmix.engine.learner import Learner
-from acmix.engine.progress import Progress, brief
+from acmix.engine.progress import Progress, brief, is_finite
 from acmix.engine.session import Session
 from acmix.process.program import ReportedElsewhere, RunFailure
 
@@ -51,7 +52,10 @@ class NonFiniteGuard:
         message = f"the loss is not finite at step {step} on {where}"
         progress.skipped += 1
         if progress.skipped > self.limit:
-            raise self._failure(message)
+            raise self._failure(
+                f"{message}. No rank updated its weights. {self._last_checkpoint(progress.step)}. Lower optimizer.lr, "
+                "use bf16 instead of fp16, set optimizer.clip_grad, or leave such updates out with run.skip_nonfinite=N"
+            )
         self.session.log.line(f"warning: {message}; no rank updated its weights")
         row = {"epoch": progress.epoch + 1, "step": step, "skipped": progress.skipped, "ranks": found}
         self.session.log.event("skip", row)
@@ -63,12 +67,26 @@ class NonFiniteGuard:
         for buffer, before in zip(self.learner.model.buffers(), self._kept, strict=True):
             buffer.copy_(before)
 
+    def refuse_end(self, progress: Progress) -> None:
+        """Raise as `leave_out` does where the last evaluation of a complete run says that the weights have diverged."""
+        last = progress.history[-1] if progress.history else {}
+        if not is_finite(last):
+            raise self._failure(
+                f"the run ends at step {progress.step} with an evaluation whose loss is {last['loss']}: the weights "
+                f"have diverged. {self._last_checkpoint(progress.step)}. Lower optimizer.lr or set optimizer.clip_grad"
+            )
+
     def _failure(self, message: str) -> Exception:
+        return RunFailure(message) if self.session.dist.is_main else ReportedElsewhere(RunFailure.status)
+
+    def _last_checkpoint(self, step: int) -> str:
+        """For a message about the loss of the weights after `step` steps: where to go on from. On rank 0."""
         if not self.session.dist.is_main:
-            return ReportedElsewhere(RunFailure.status)
+            return ""
         self.session.store.wait()
-        last = self.session.store.newest() or "none yet"
-        return RunFailure(
-            f"{message}. No rank updated its weights. Last good checkpoint: {last}. Lower optimizer.lr, use bf16 "
-            "instead of fp16, set optimizer.clip_grad, or leave such updates out with run.skip_nonfinite=N"
-        )
+        last = self.session.store.newest()
+        if last is None or step_of(last.name) != step:
+            return f"Last good checkpoint: {last or 'none yet'}"
+        older = [(number, path) for number, path in list_checkpoints(last.parent) if number < step]
+        before = f"to go back, --resume {max(older)[1]}" if older else "there is none before it"
+        return f"Last checkpoint: {last}, of the weights that gave this loss; {before}"

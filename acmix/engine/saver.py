@@ -42,6 +42,10 @@ class Saver:
         """Wait until the last save is on disk."""
         self._attempt(lambda: self._session.store.wait())
 
+    def settle(self) -> None:
+        """As `wait`, at the end: a last save that failed is a problem whatever `run.on_save_error` says."""
+        self._attempt(lambda: self._session.store.settle())
+
     def _write(self, best: bool) -> None:
         self._session.log.sync()
         self._session.store.save(self._snapshot(), best=best)

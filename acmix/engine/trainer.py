@@ -92,8 +92,8 @@ class Trainer:
     def fit(self) -> int:
         """Train; returns the exit status: 0 when the schedule is complete, 75 when a signal stopped the run.
 
-        Raises RunFailure for a loss that is not finite, UserError for a checkpoint that cannot be written and for a
-        loader process that died; on the ranks that do not report it, ReportedElsewhere.
+        Raises RunFailure for a loss that is not finite in a step or in the last evaluation, UserError for a checkpoint
+        that cannot be written and for a loader process that died; on the ranks that do not report it, ReportedElsewhere.
         """
         learner, progress, log = self.learner, self.progress, self.session.log
         self._log_start()
@@ -125,6 +125,7 @@ class Trainer:
                     stopped = True
                     break
                 improved = self._record_evaluation(metrics)
+                self._refuse_diverged_end()
             self._log_probes(echo=True)
             if progress.update_in_epoch == self.steps_per_epoch:  # schedule.steps may end within an epoch
                 progress.epoch += 1
@@ -133,7 +134,9 @@ class Trainer:
 
         if stopped:
             self._save_where_stopped()
-        elif self._out_of_patience():
+        else:
+            self._refuse_diverged_end()  # also of a run that was complete when it was resumed
+        if not stopped and self._out_of_patience():
             log.line(f"Ends here by run.patience: {self.config.run.patience} evaluations without a better top-1")
         self._settle()
         status = REQUEUE if stopped else DONE
@@ -149,6 +152,11 @@ class Trainer:
         evaluated = bool(progress.history) and progress.history[-1]["step"] == progress.step
         complete = progress.step >= self.total_steps and (evaluated or progress.update_in_epoch == 0)
         return complete or self._out_of_patience()
+
+    def _refuse_diverged_end(self) -> None:
+        """Raise where all steps are taken and the weights have diverged: the run is not done, and nothing is saved."""
+        if self.progress.step >= self.total_steps:
+            self.guard.refuse_end(self.progress)
 
     def _out_of_patience(self) -> bool:
         """Whether the run ends before its last step, because evaluations have stopped getting better."""
@@ -329,7 +337,7 @@ class Trainer:
 
     def _settle(self) -> None:
         """Wait until the last save is on disk; from then on signals are ignored, and all ranks leave together."""
-        self.saver.wait()
+        self.saver.settle()
         self._agree()
         self.signals.seal()
         self.dist.barrier()

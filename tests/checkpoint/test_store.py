@@ -228,8 +228,11 @@ def test_a_failed_save_only_warns_where_training_is_to_go_on(tmp_path: Path, cap
     store = make_store(tmp_path, on_error="continue")
     store.save(make_snapshot(1), best=False)
     assert "warning: could not save" in capfd.readouterr().err
+    with pytest.raises(SaveError, match="step_00000001"):  # where no other save follows
+        store.settle()
     blocker.unlink()
     store.save(make_snapshot(2), best=False)
+    store.settle()
     assert load_checkpoint(tmp_path).step == 2
 
 

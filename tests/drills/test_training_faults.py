@@ -102,14 +102,17 @@ def test_a_save_that_fails_stops_the_run_or_waits_for_the_next(
     run_training(tmp_path, *SHORT)
     programs = start_training(tmp_path, *options, "--resume", tmp_path)
     limit_file_size(programs, 100_000)
-    assert programs[0].wait() == (2 if on_error == "stop" else 0), programs[0].errors
+    assert programs[0].wait() == 2, programs[0].errors
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
     errors = programs[0].errors
     assert "could not save" in errors
     assert "File too large" in errors
     assert "bytes needed" in errors
     assert "step_00000002, is intact" in errors
     assert "Traceback" not in errors
-    assert errors.count("could not save") == (1 if on_error == "stop" else 2)
+    assert errors.count("error: could not save") == 1
+    assert errors.count("warning: could not save") == (0 if on_error == "stop" else 2)
+    assert ("step_00000006" in errors) == (on_error == "continue"), "the last save, which none follows"
     assert load_checkpoint(tmp_path).step == 2
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
     run_training(tmp_path, *options, "--resume", tmp_path)
