@@ -60,8 +60,8 @@ class CheckpointStore:
 
     run_dir: the run folder. keep: number of newest checkpoints to keep, besides the targets of `last` and `best`.
     background: write in a thread while training goes on; at most one save is under way. on_error: after a failed save,
-    `stop` raises SaveError at the next call of save, poll or wait; `continue` warns on stderr at once, and only `settle`
-    raises.
+    `stop` raises SaveError at the next call of save, poll or wait; `continue` warns on stderr at once, and
+    `settle` alone raises.
     """
 
     def __init__(self, run_dir: Path, keep: int, *, background: bool, on_error: Literal["stop", "continue"]) -> None:

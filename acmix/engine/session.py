@@ -126,7 +126,9 @@ class Session:
             if self._log is not None:
                 self._log.close()
             if error is not None and self._open and not isinstance(error, ReportedElsewhere):
-                self.summarise("failed", error=str(error) or type(error).__name__)
+                first = self.dist.watchdog.failure()  # of another rank: here only the connection to it is lost
+                text = str(error) or type(error).__name__
+                self.summarise("failed", error=text if first is None else f"rank {first.rank}: {first.message}")
             if self._store is not None:
                 self._store.wait()  # finish a save that has begun, whatever else went wrong
 

@@ -93,7 +93,7 @@ class Trainer:
         """Train; returns the exit status: 0 when the schedule is complete, 75 when a signal stopped the run.
 
         Raises RunFailure for a loss that is not finite in a step or in the last evaluation, UserError for a checkpoint
-        that cannot be written and for a loader process that died; on the ranks that do not report it, ReportedElsewhere.
+        that cannot be written and for a loader process that died; ReportedElsewhere on ranks that do not report it.
         """
         learner, progress, log = self.learner, self.progress, self.session.log
         self._log_start()

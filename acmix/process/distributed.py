@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from acmix.config import RunConfig
 from acmix.errors import UserError
-from acmix.process.program import ReportedElsewhere, RunFailure
+from acmix.process.program import BAD_USAGE, FAILED, ReportedElsewhere, RunFailure
 from acmix.process.signals import ending_with_launcher
 from acmix.process.watchdog import Watchdog
 
@@ -162,8 +162,10 @@ class Distributed:
             return
         if self.control is None or isinstance(error, (ReportedElsewhere, SystemExit)):
             return
-        if not self.watchdog.claim_failure():
-            raise ReportedElsewhere(RunFailure.status) from None
+        status = getattr(error, "status", BAD_USAGE) if isinstance(error, UserError) else FAILED
+        first = self.watchdog.claim_failure(status, str(error) or type(error).__name__)
+        if first is not None:
+            raise ReportedElsewhere(first.status) from None
         if isinstance(error, UserError):
             error.reported_here = True  # type: ignore[attr-defined]
         if _is_lost_connection(error):

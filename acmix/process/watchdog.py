@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as torch_distributed
 
@@ -16,6 +17,14 @@ _BEAT_SECONDS = 1.0
 _STALE_SECONDS = 3.0
 _LET_GO_SECONDS = 5.0
 _STORE_ERRORS = (RuntimeError, OSError, ValueError)
+
+
+class Failure(NamedTuple):
+    """The rank that failed first, the exit status that is due to its error, and what the error says."""
+
+    rank: int
+    status: int
+    message: str
 
 
 class Watchdog:
@@ -66,28 +75,38 @@ class Watchdog:
         """Where this rank is, for messages."""
         return f"at step {self._step} ({self._doing})"
 
-    def claim_failure(self) -> bool:
-        """Whether this rank is the first to fail, and so the one to report."""
-        if self._store is None:
-            return True
+    def claim_failure(self, status: int, message: str) -> Failure | None:
+        """Tell the others that this rank fails. None if it is the first, and so the one to report; else which was."""
+        mine = Failure(self.rank, status, message)
         try:
-            return self._store.add(self._key("failures"), 1) == 1
+            if self._store is not None:
+                found = self._store.compare_set(self._key("failure"), "", json.dumps(mine))
+                first = Failure(*json.loads(found))
+                return None if first.rank == self.rank else first
         except _STORE_ERRORS:
-            return True  # the launcher is gone with its store: better reported twice than never
+            pass  # the launcher is gone with its store: better reported twice than never
+        return None
+
+    def failure(self) -> Failure | None:
+        """What a rank has told of its failure; None while all are well."""
+        with suppress(*_STORE_ERRORS):
+            if self._store is not None and self._store.check([self._key("failure")]):
+                return Failure(*json.loads(self._store.get(self._key("failure"))))
+        return None
 
     def _key(self, name: str) -> str:
         return f"acmix/{self._token}/{name}"
 
     def _watch(self) -> None:
-        failed_since: float | None = None
+        failure: Failure | None = None
+        told = 0.0
         while not self._over.is_set():
             with suppress(*_STORE_ERRORS):
                 self._publish()
-                if failed_since is None and self._store is not None and self._store.add(self._key("failures"), 0) > 0:
-                    failed_since = time.monotonic()
-            waited = 0.0 if failed_since is None else time.monotonic() - failed_since
-            if waited > _LET_GO_SECONDS and not self._over.is_set():
-                end_now(FAILED)
+            if failure is None and (failure := self.failure()) is not None:
+                told = time.monotonic()
+            if failure is not None and time.monotonic() - told > _LET_GO_SECONDS and not self._over.is_set():
+                end_now(failure.status)
             if time.monotonic() - self._moved > self.timeout:
                 self._report()
             self._over.wait(_BEAT_SECONDS)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed.run
+from PIL import Image
 
 from acmix.telemetry.record import read_rows
 
@@ -74,6 +75,24 @@ def test_rank_that_raises_shows_its_traceback_once_and_ends_all(
     assert errors.count("Traceback") == 1
     assert errors.count("ArithmeticError: planted fault") == 1
     report("A rank raises", "Its traceback once, all ranks end with an error within 30 s, no orphans", 1, 1)
+
+
+def test_all_ranks_end_with_the_status_of_the_one_whose_data_is_bad(tmp_path: Path, start_training: Training) -> None:
+    for number in range(16):
+        for split in ("train", "val"):
+            folder = tmp_path / "data" / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (24, 24), (number, 0, 0)).save(folder / f"{number:02}.png")
+    bad = tmp_path / "data" / "val" / "class1" / "03.png"
+    bad.write_bytes(bad.read_bytes()[:40])  # the tenth image, of rank 1
+    options = ["data.dataset=folder", f"data.root={tmp_path / 'data'}", "data.batch_size=4", "run.probes=[]"]
+    programs = start_training(tmp_path / "run", *options, ranks=2)
+    assert [program.wait(60) for program in programs] == [2, 2], [program.errors for program in programs]
+    [error] = [line for program in programs for line in program.errors.splitlines() if line.startswith("error")]
+    assert f"unreadable image: {bad}" in error
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert str(bad) in summary["error"]
 
 
 @pytest.mark.parametrize("fault", ["SIGSTOP", pytest.param("sleep", marks=pytest.mark.drill)])
