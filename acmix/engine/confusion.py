@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from acmix.checkpoint.atomic import replacing, write_atomically
+from acmix.engine.evaluate import best_classes
 from acmix.process.distributed import Distributed
 from acmix.telemetry.figure_file import drawn_text
 
@@ -30,7 +31,7 @@ class Confusion:
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch: logits (B, C), targets (B,)."""
-        pairs = targets * self._classes + logits.argmax(dim=1)
+        pairs = targets * self._classes + best_classes(logits)[:, 0]
         self._counts += torch.bincount(pairs, minlength=self._classes**2)
 
     def matrix(self, dist: Distributed) -> np.ndarray:
@@ -56,7 +57,7 @@ class PartOfClasses:
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch: logits (B, C), targets (B,)."""
         if len(self._present) < self._trained:
-            best = logits[:, self._present].topk(min(5, len(self._present)), dim=1).indices  # (B, ≤5)
+            best = best_classes(logits[:, self._present])  # (B, ≤5)
             hits = self._present[best].eq(targets[:, None])
             self._counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(targets), device=hits.device)])
 

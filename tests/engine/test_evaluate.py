@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from acmix.config import PrecisionConfig, RunConfig
 from acmix.data.loader import Batch
 from acmix.engine.confusion import Confusion, class_report, write_report
-from acmix.engine.evaluate import evaluate
+from acmix.engine.evaluate import batch_sums, evaluate
 from acmix.process.distributed import Distributed
 
 COUNTS = [1, 2, 3, 5, 8, 13, 64]
@@ -123,3 +123,13 @@ def test_the_report_has_a_row_for_a_class_that_is_called_as_a_mean_is(tmp_path: 
     assert (tmp_path / "classes.csv").read_text().splitlines()[1] == '"accuracy",0.5000,1.0000,0.6667,1'
     report = json.loads((tmp_path / "classes.json").read_text())
     assert (report["accuracy"], report["accuracy (class)"]["recall"]) == (0.75, 1.0)
+
+
+def test_equal_logits_are_the_same_hits_in_the_matrix_as_in_top1(alone: Distributed) -> None:
+    logits = torch.randn(5000, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = logits.argmax(dim=1)
+    confusion = Confusion(10, torch.device("cpu"))
+    confusion.add(logits, targets)
+    hits = int(batch_sums(logits.float(), targets)[1])
+    assert hits < len(targets), "some of the highest logits are equal"
+    assert int(confusion.matrix(alone).trace()) == hits
