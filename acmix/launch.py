@@ -10,9 +10,12 @@ import os
 import signal
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from acmix.errors import UserError, one_line
+from acmix.paths import missing_path_hint
 from acmix.process.program import DONE, FAILED, REQUEUE, STATUS_FOLDER, run_program
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -33,6 +36,7 @@ def launch(arguments: Sequence[str] | None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     heard = [number.name for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     options = run.parse_args(["--signals-to-handle", ",".join(heard), *given])
+    _refuse_bad_options(options)
     with tempfile.TemporaryDirectory(prefix="acmix-launch-") as folder:
         os.environ[STATUS_FOLDER] = folder
         try:
@@ -47,14 +51,28 @@ def launch(arguments: Sequence[str] | None) -> int:
     return DONE
 
 
+def _refuse_bad_options(options: Namespace) -> None:
+    """UserError where torchrun, or Python in each worker, would only fail: a program that is not there, bad numbers."""
+    from torch.distributed import run
+
+    program = options.training_script
+    if not (options.module or options.no_python or Path(program).exists()):
+        raise UserError(f"{program}: no such program{missing_path_hint(program)}")
+    try:
+        if run.config_from_args(options)[0].nproc_per_node < 1:
+            raise ValueError("--nproc-per-node must be at least 1")
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"torchrun's options: {one_line(error)}; see python -m acmix.launch --help") from None
+
+
 def _status_of_workers(folder: Path) -> int:
     """The exit status that all workers of the last attempt left; 1 if they differ or left none.
 
     A worker that was still starting when another ended is stopped by torchrun: its 75 does not count beside an error.
     """
-    found = [(int(file.name.partition("-")[0]), int(file.read_text())) for file in folder.iterdir()]
-    last = max((attempt for attempt, _ in found), default=0)
-    statuses = {status for attempt, status in found if attempt == last}
+    found = [tuple(map(int, file.name.split("-"))) for file in folder.iterdir()]  # attempt, rank, status
+    last = max((attempt for attempt, _, _ in found), default=0)
+    statuses = {status for attempt, _, status in found if attempt == last}
     decisive = statuses - {REQUEUE} or statuses
     return decisive.pop() if len(decisive) == 1 and decisive != {DONE} else FAILED
 

@@ -107,8 +107,10 @@ def leave_status(status: int) -> None:
     folder = os.environ.get(STATUS_FOLDER)
     if folder:
         attempt, rank = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("LOCAL_RANK", "0")
-        with suppress(OSError):  # a full disk must not keep the process from ending
-            Path(folder, f"{attempt}-{rank}").write_text(str(status))
+        with suppress(OSError):  # a file without content can be made on a full disk too
+            for earlier in Path(folder).glob(f"{attempt}-{rank}-*"):
+                earlier.unlink(missing_ok=True)
+            Path(folder, f"{attempt}-{rank}-{status}").touch()
 
 
 def end_now(status: int) -> NoReturn:

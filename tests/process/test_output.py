@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from acmix.launch import _status_of_workers
 from acmix.process.output import unfailing_output
-from acmix.process.program import run_program
+from acmix.process.program import leave_status, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -207,3 +208,31 @@ def test_a_run_on_a_full_disk_for_its_output_goes_on(tmp_path: Path, launcher: A
 def test_the_launcher_of_several_processes_ends_as_it_would_on_a_full_disk(launcher: Any) -> None:
     program = launcher.start(ROOT / "acmix" / "launch.py", "--help", output=Path("/dev/full"))
     assert (program.wait(), program.errors) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--nproc-per-node", "two", "train.py"], "torchrun's options: Unsupported nproc_per_node value: two"),
+        (["--nproc-per-node", "0", "train.py"], "--nproc-per-node must be at least 1"),
+        (["--nnodes", "x", "train.py"], "torchrun's options: invalid literal for int()"),
+        (["--nproc-per-node", "2", "tarin.py"], "tarin.py: no such program; nearest: train.py"),
+    ],
+)
+def test_the_launcher_refuses_what_torchrun_answers_with_a_traceback(
+    arguments: list[str], part: str, launcher: Any
+) -> None:
+    program = launcher.start(ROOT / "acmix" / "launch.py", *arguments)
+    assert (program.wait(), len(program.errors.splitlines())) == (2, 1), program.errors
+    assert program.errors.startswith("error: ")
+    assert part in program.errors
+
+
+def test_the_launcher_reads_statuses_left_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACMIX_STATUS_FOLDER", str(tmp_path))
+    for attempt, rank, status in (("0", "0", 1), ("1", "0", 2), ("1", "0", 75), ("1", "1", 75)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        leave_status(status)
+    assert all(file.stat().st_size == 0 for file in tmp_path.iterdir()), "what a full disk has room for"
+    assert _status_of_workers(tmp_path) == 75

@@ -124,8 +124,8 @@ def test_a_process_that_waits_for_the_others_ends_with_its_launcher(rank: str, t
     group |= {"TORCHELASTIC_RUN_ID": "none", "ACMIX_STATUS_FOLDER": str(tmp_path)}
     parent = launcher.start(tmp_path / "left_behind.py", env=group, fresh=True)
     assert parent.wait(30) == -signal.SIGKILL, parent.errors
-    left = tmp_path / "0-0"
+    left = tmp_path / "0-0-75"
     deadline = time.monotonic() + 10
     while not left.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert left.read_text() == "75", parent.errors
+    assert left.exists(), parent.errors
