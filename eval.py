@@ -57,9 +57,10 @@ def evaluate_from(options: argparse.Namespace) -> int:
     from acmix.export.load import build_network
     from acmix.process.distributed import Distributed
     from acmix.process.environment import set_up_torch
+    from acmix.process.signals import ending_with_launcher
 
     outputs = Outputs(options.json, options.report)
-    with Distributed.start(config.run) as dist, memory_explained(config):
+    with ending_with_launcher(), Distributed.start(config.run) as dist, memory_explained(config):
         dist.on_main(outputs.prove)
         set_up_torch(config.run, dist.device)
         weights, classes = dist.all_or_none(lambda: pick_weights(path, options.weights))

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed.run
 from PIL import Image
 
+from acmix.models import create_model
 from acmix.telemetry.record import read_rows
 
 HERE = Path(__file__).parent
@@ -211,6 +213,25 @@ def test_processes_whose_launcher_is_killed_before_they_meet_end(
     torchrun.wait()
     assert_nobody_is_left(tmp_path / "run", 60)
     report("SIGKILL to the launcher before its processes have met", "They end by themselves; nobody is left", 1, 1)
+
+
+@pytest.mark.drill
+def test_an_evaluation_whose_launcher_is_killed_ends_without_a_result(
+    tmp_path: Path, launcher: Any, report: Report
+) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(create_model("acmix_resnet26", 10, image_size=(96, 96), stem="cifar").state_dict(), weights)
+    options = ["data.image_size=96", "data.val_batch_size=1", "data.num_workers=1", "model.kwargs={stem: cifar}"]
+    config = HERE.parents[1] / "configs" / "quickstart.yaml"
+    command = [HERE.parents[1] / "eval.py", "--config", config, "--checkpoint", weights, *options]
+    torchrun = launcher.start(TORCHRUN, "--nproc-per-node", 2, *command)
+    readers = 2  # one for each of the two ranks, started when these have met and evaluate
+    assert torchrun.wait_for(lambda: len(processes_of(weights)) == 2 + readers), torchrun.errors
+    os.kill(torchrun.pid, signal.SIGKILL)
+    torchrun.wait()
+    assert_nobody_is_left(weights)
+    assert "top1" not in torchrun.output
+    report("SIGKILL to the launcher of an evaluation", "Its processes end by themselves; nobody is left", 1, 1)
 
 
 @pytest.mark.drill
