@@ -14,7 +14,7 @@ from typing import Any
 from acmix.data.classes import likely_meant, loose_name, places_in
 from acmix.data.folders import FolderId, folder_id, folders_above, is_folder, is_image_name, is_lost_folder, is_text
 from acmix.data.images import BadImage, decode_image, is_sixteen_bit, open_image, read_image_file
-from acmix.data.orphans import die_with_parent, outlives_helpers
+from acmix.data.orphans import helpers_first_call
 from acmix.errors import UserError
 
 VAL_NAMES = ("val", "validation", "valid", "test")
@@ -217,7 +217,7 @@ def _read_all(paths: Sequence[str], workers: int) -> Iterator[_Finding]:
     if workers <= 1 or len(paths) <= _CHUNK:
         yield from map(_read, paths)
         return
-    with ProcessPoolExecutor(workers, initializer=die_with_parent if outlives_helpers() else None) as pool:
+    with ProcessPoolExecutor(workers, initializer=helpers_first_call()) as pool:
         try:
             yield from pool.map(_read, paths, chunksize=_CHUNK)
         except BrokenProcessPool:

@@ -5,15 +5,22 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Have this process killed when its parent ends, however that ends. On Linux; elsewhere nothing is done.
+def helpers_first_call() -> Callable[[], None]:
+    """What a helper process that the calling thread starts is to call first, so that it ends with this process.
 
-    Only for a process started where `outlives_helpers` was true.
+    Of a process that another thread than the main one started, Linux takes the end of that thread for the parent's:
+    then the call does nothing.
     """
+    return _die_with_parent if threading.current_thread() is threading.main_thread() else _nothing
+
+
+def _die_with_parent() -> None:
+    """Have this process killed when its parent ends, however that ends. On Linux; elsewhere nothing is done."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -21,9 +28,5 @@ def die_with_parent() -> None:
             os._exit(1)
 
 
-def outlives_helpers() -> bool:
-    """Whether the calling thread, like the main thread, ends no earlier than the program.
-
-    Of a process that another thread started, Linux takes the end of that thread for the parent's.
-    """
-    return threading.current_thread() is threading.main_thread()
+def _nothing() -> None:
+    pass

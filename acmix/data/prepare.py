@@ -27,7 +27,7 @@ from acmix.checkpoint.atomic import remove_folder, replacing, write_atomically
 from acmix.data.datasets import Source, to_repair
 from acmix.data.encode import Format, encoded
 from acmix.data.images import BadImage
-from acmix.data.orphans import die_with_parent, outlives_helpers
+from acmix.data.orphans import helpers_first_call
 from acmix.data.shards import FORMAT, MANIFEST, ROW, Manifest, ShardFile, Split
 from acmix.data.tars import index_tar, read_at
 from acmix.errors import UserError
@@ -281,10 +281,9 @@ def _hold(source: Source, options: Options) -> None:
     _source, _options = source, options
 
 
-def _start_process(source: Source, options: Options, bound: bool) -> None:
+def _start_process(source: Source, options: Options, first_call: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, the main process tells
-    if bound:
-        die_with_parent()
+    first_call()
     _hold(source, options)
 
 
@@ -297,7 +296,7 @@ def _stored(source: Source, numbers: Sequence[int], options: Options, workers: i
         return
     chunks = iter([numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK)])
     ahead: deque[Future[list[_Image]]] = deque()
-    given = (source, options, outlives_helpers())
+    given = (source, options, helpers_first_call())
     pool = ProcessPoolExecutor(workers, initializer=_start_process, initargs=given)
     try:
         for chunk in chunks:

@@ -4,7 +4,7 @@ import math
 import signal
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from acmix.config import Config
 from acmix.cores import cores_per_process
-from acmix.data.orphans import die_with_parent, outlives_helpers
+from acmix.data.orphans import helpers_first_call
 from acmix.data.sampler import BatchPlan
 from acmix.data.shared import OPEN_FILES, Slots, Slotted, forks
 from acmix.errors import UserError
@@ -84,7 +84,7 @@ class WorkerPool:
         self._queue.plans = plans if slots is None else slots.assigned(plans)
         with worker_deaths_explained():
             # the processes start here, in whichever thread this is
-            self._loader.worker_init_fn = partial(_start_worker, bound=outlives_helpers())
+            self._loader.worker_init_fn = partial(_start_worker, first_call=helpers_first_call())
             with _job_signals_blocked(), _many_workers_allowed():
                 results = iter(self._loader)
             for result in results if slots is None else map(slots.taken, results):
@@ -143,12 +143,11 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(_: int, bound: bool) -> None:
+def _start_worker(_: int, first_call: Callable[[], None]) -> None:
     for number in _JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
-    if bound:  # else PyTorch looks every few seconds whether the parent is there
-        die_with_parent()
+    first_call()  # where it does nothing, PyTorch looks every few seconds whether the parent is there
 
 
 @contextmanager
