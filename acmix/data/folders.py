@@ -6,6 +6,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from mimetypes import MimeTypes
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 
 from acmix.data.images import EXTENSIONS, decode_image, read_image_file
 from acmix.errors import UserError
+
+_KINDS_OF_FILES = MimeTypes()  # Python's own table, the same on every machine
 
 FolderId = tuple[int, int]
 """Device and inode of a folder."""
@@ -207,12 +210,11 @@ def is_image(entry: os.DirEntry[str]) -> bool:
 def is_lost_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a link that leads nowhere and, by its name, was one to a folder.
 
-    One named like an image counts as an image that cannot be read, other names with a suffix of letters and digits as
-    files; v1.0 and St. Bernard have none.
+    One named like an image counts as an image that cannot be read, other names with the suffix of a known kind of file
+    as files; v1.0, dogs.old and St. Bernard have none.
     """
-    suffix = os.path.splitext(entry.name)[1][1:]
-    hidden_or_file = entry.name.startswith(".") or (suffix[:1].isalpha() and suffix.isalnum())
-    return entry.is_symlink() and not hidden_or_file and not os.path.exists(entry.path)
+    known = is_image_name(entry.name) or any(_KINDS_OF_FILES.guess_type(entry.name, strict=False))
+    return entry.is_symlink() and not (known or entry.name.startswith(".")) and not os.path.exists(entry.path)
 
 
 def is_text(name: str) -> bool:

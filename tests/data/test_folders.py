@@ -135,9 +135,10 @@ def test_links_to_other_folders_and_files_are_followed(tmp_path: Path, make_fold
 
 def test_links_that_lead_nowhere_are_named(tmp_path: Path, make_folder: MakeFolder) -> None:
     split = make_folder(tmp_path) / "train"
-    (split / "notes.txt").symlink_to("gone.txt")
+    for name in ("notes.txt", "classes.JSON", "more.tar.gz"):
+        (split / name).symlink_to("gone")
     FolderSource(split)
-    dotted = [(split / name, "/mnt/gone") for name in ("eel", "v1.0", "St. Bernard", "a.b_c")]
+    dotted = [(split / name, "/mnt/gone") for name in ("eel", "v1.0", "St. Bernard", "a.b_c", "eels.v2", "eel.old")]
     for link, target in (*dotted, (split / "cat" / "more", "more")):
         link.symlink_to(target)
         with pytest.raises(UserError, match=rf"{link} -> {target}.*mend or remove"):
