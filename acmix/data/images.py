@@ -34,6 +34,7 @@ _SIGNATURES = {
 }
 
 _GIF_IMAGE, _GIF_EXTENSION, _GIF_TRAILER = b",!;"
+_GIF_APPLICATION = b"\xff"  # label of the extension that says how often an animation plays
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # Pillow's logging of broken TIFFs would flood stderr
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -153,11 +154,11 @@ def _ends_early(data: bytes) -> bool:
 
 
 def _is_whole_gif(data: bytes) -> bool:
-    """Whether the blocks of a GIF lead to its trailer or, as some programs write none, from an image to the end.
+    """Whether the blocks of a GIF lead to its trailer or, as some programs write none, from its only image to the end.
 
-    To look for the trailer will not do: the byte may be anywhere in the blocks.
+    To look for the trailer will not do: the byte may be anywhere in the blocks. An animation without it has been cut.
     """
-    place, kind = 13 + _gif_colours(data, 10), 0
+    place, kind, images, plays = 13 + _gif_colours(data, 10), 0, 0, False
     while place < len(data):
         kind = data[place]
         if kind == _GIF_TRAILER:
@@ -165,12 +166,14 @@ def _is_whole_gif(data: bytes) -> bool:
         if kind not in (_GIF_IMAGE, _GIF_EXTENSION):  # decoders pass over what is no block
             place += 1
             continue
+        images += kind == _GIF_IMAGE
+        plays |= kind == _GIF_EXTENSION and data[place + 1 : place + 2] == _GIF_APPLICATION
         # an image's place, size, colours and the width of its codes; or the label of an extension
         place += 11 + _gif_colours(data, place + 9) if kind == _GIF_IMAGE else 2
         while place < len(data) and data[place]:  # pieces, each after its length
             place += 1 + data[place]
         place += 1
-    return kind == _GIF_IMAGE and place == len(data)
+    return kind == _GIF_IMAGE and place == len(data) and images == 1 and not plays
 
 
 def _gif_colours(data: bytes, place: int) -> int:

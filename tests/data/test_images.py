@@ -124,13 +124,12 @@ def test_a_file_cut_anywhere_is_an_error_that_names_the_kind(kind: str, report: 
     report("images cut short", "an error, never a picture filled up with grey", len(kinds), len(kinds))
 
 
-def test_an_animation_cut_after_its_first_frame_is_truncated() -> None:
-    frames = [picture().rotate(angle) for angle in (0, 40, 80)]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode_image(data).size == (40, 30)
-    cuts = range(len(data) // 2, len(data) - 1, 7)
-    assert {refusal(data[:cut]).kind for cut in cuts} == {"truncated"}
-    assert decode_image(data[:-1]).size == (40, 30), "some programs write no trailer"
+def test_an_animation_cut_anywhere_after_its_first_frame_is_truncated() -> None:
+    frames = [picture().resize((12, 9)).rotate(angle) for angle in (0, 40, 80)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], loop=0)
+    assert decode_image(data).size == (12, 9)
+    assert {refusal(data[:cut]).kind for cut in range(len(data) // 3, len(data))} == {"truncated"}
+    assert decode_image(encoded(frames[0], "GIF")[:-1]).size == (12, 9), "some programs write no trailer"
 
 
 @pytest.mark.parametrize("kind", FORMATS)
