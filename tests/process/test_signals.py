@@ -1,6 +1,7 @@
 """Stop requests inside one process; the drills send them to real runs."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from acmix.process import launcher as launcher_module
 from acmix.process.signals import ECHO_SECONDS, HANDLED, StopSignals
 
+ROOT = Path(__file__).resolve().parents[2]
 LEFT_BEHIND = """
 import os, signal
 reader, writer = os.pipe()
@@ -129,3 +131,23 @@ def test_a_process_that_waits_for_the_others_ends_with_its_launcher(rank: str, t
     while not left.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left.exists(), parent.errors
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_launcher_that_waits_for_other_machines_asks_for_a_requeue(name: str, tmp_path: Path, launcher: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    master = ["--nnodes", 2, "--node-rank", 1, "--master-addr", "127.0.0.1", "--master-port", port]
+    program = launcher.start(ROOT / "acmix" / "launch.py", *master, ROOT / "train.py", env={"TMPDIR": str(tmp_path)})
+    number = getattr(signal, name)
+    caught = re.compile(r"SigCgt:\t(\w+)")
+
+    def listens() -> bool:
+        [mask] = caught.findall(Path(f"/proc/{program.pid}/status").read_text())
+        return bool(int(mask, 16) >> (number - 1) & 1)
+
+    assert program.wait_for(listens), program.errors
+    os.kill(program.pid, number)
+    assert program.wait(20) == 75, program.errors
+    assert not list(tmp_path.iterdir())
