@@ -81,3 +81,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to the run folder .*file/run.*choose another run\.dir"):
         RunLock(tmp_path / "file" / "run").acquire()
+
+
+def test_a_folder_on_a_full_disk_is_locked_without_the_name_of_its_holder(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys; from pathlib import Path; from acmix.engine.lock import RunLock\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "with RunLock(Path(sys.argv[1])): print('held', Path(sys.argv[1], '.lock').stat().st_size)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout == "held 0\n", done.stderr
