@@ -72,7 +72,7 @@ class CheckpointStore:
         self._buffers = SnapshotBuffers()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._passed_over: SaveError | None = None  # of the last save, where training went on
+        self._passed_over: UserError | None = None  # of the last save, where training went on
         self._saves = 0
         with _as_user_error(self.folder):
             clean_leftovers(self.folder)
@@ -113,6 +113,14 @@ class CheckpointStore:
             self._thread.join()
             self._thread = None
         self.poll()
+
+    def fail(self, error: UserError) -> None:
+        """Take a save for failed, as on_error says; for what has to be written before it, too."""
+        if self.on_error == "continue":
+            self._passed_over = error
+            print(f"warning: {error}; training goes on and the next save tries again", file=sys.stderr, flush=True)
+        else:
+            self._error = error
 
     def settle(self) -> None:
         """As wait, when no other save follows: raises SaveError also where on_error is `continue`."""
@@ -189,12 +197,8 @@ class CheckpointStore:
             self._write(snapshot, progress, best, number)
         except OSError as cause:
             error = self._save_error(snapshot, cause)
-            if self.on_error == "continue":
-                self._passed_over = error
-                print(f"warning: {error}; training goes on and the next save tries again", file=sys.stderr, flush=True)
-            else:
-                error.__cause__ = cause
-                self._error = error
+            error.__cause__ = cause
+            self.fail(error)
         except Exception as defect:  # noqa: BLE001 - a thread cannot raise: poll() does, in the training loop
             self._error = defect
 

@@ -47,8 +47,15 @@ class Saver:
         self._attempt(lambda: self._session.store.settle())
 
     def _write(self, best: bool) -> None:
-        self._session.log.sync()
-        self._session.store.save(self._snapshot(), best=best)
+        store = self._session.store
+        try:
+            self._session.log.sync()
+        except UserError as error:  # no checkpoint without its log
+            store.wait()
+            store.fail(error)
+            store.poll()
+        else:
+            store.save(self._snapshot(), best=best)
 
     def _attempt(self, work: Callable[[], None]) -> None:
         if not self._session.dist.is_main:

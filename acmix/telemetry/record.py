@@ -60,7 +60,10 @@ class Record:
         self._flush()
         if self._pending:
             raise UserError(f"cannot write {self.path}: {len(self._pending)} bytes of log rows wait; free disk space")
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:  # network file systems say only here that the disk is full
+            raise UserError(f"cannot write {self.path}: {error.strerror}; free disk space or check the disk") from None
 
     def close(self) -> None:
         """Write what is pending and close the file."""

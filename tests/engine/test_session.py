@@ -1,6 +1,9 @@
 """A run picked up again: which checkpoint it goes on from, and at what cost."""
 
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from acmix.checkpoint.store import CheckpointStore
 from acmix.config import Config, load_config
 from acmix.engine.lock import RunLock
 from acmix.engine.run_folder import RunChoice, choose_run
+from acmix.engine.saver import Saver
 from acmix.engine.session import Session
 from acmix.errors import UserError
 from acmix.process.distributed import Distributed
@@ -107,3 +111,37 @@ def test_workers_restarted_before_the_first_save_go_on_from_the_checkpoint_given
     assert (choice.folder, choice.checkpoint, choice.or_begin) == (folder, given, False)
     with pytest.raises(UserError, match="it went on from a checkpoint of step 1"):
         choose_run(config, "auto")
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size`, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("on_save_error", ["continue", "stop"])
+def test_a_log_that_a_full_disk_keeps_from_a_checkpoint_is_a_failed_save(on_save_error: str, tmp_path: Path) -> None:
+    options = [f"run.dir={tmp_path / 'run'}", "run.device=cpu", f"run.on_save_error={on_save_error}"]
+    config = load_config(QUICKSTART, options)
+    with Distributed.start(config.run) as dist, Session(choose_run(config, "none"), config, dist) as session:
+        session.load()
+        session.open(["0", "1"], 0)
+        saver = Saver(session, lambda: Snapshot({"weight": torch.zeros(1)}, None, {}, {"step": 1}))
+        session.log.event("skip", {"step": 1, "padding": "x" * 100_000})  # more than what is printed here
+        with files_limited_to(100_000):
+            session.log.event("unread", {"step": 1})
+            saver.save(best=False)
+        assert (saver.problem is None) == (on_save_error == "continue")
+        saver.settle()
+        assert "metrics.jsonl: " in str(saver.problem), "unless another save follows"
+        assert session.store.newest() is None
+        saver.problem = None
+        saver.save(best=False)
+        saver.settle()
+        assert saver.problem is None
+        assert session.store.newest() is not None
