@@ -112,12 +112,13 @@ def _refuse_bad_options(options: Namespace) -> None:
 def _status_of_workers(folder: Path) -> int:
     """The exit status that all workers of the last attempt left; 1 if they differ or left none.
 
-    A worker that was still starting when another ended is stopped by torchrun: its 75 does not count beside an error.
+    An error counts alone: a worker that was still starting when another ended is stopped by torchrun, with 75, and one
+    that was done before another could not write its last file has left 0.
     """
     found = [tuple(map(int, file.name.split("-"))) for file in folder.iterdir()]  # attempt, rank, status
     last = max((attempt for attempt, _, _ in found), default=0)
     statuses = {status for attempt, _, status in found if attempt == last}
-    decisive = statuses - {REQUEUE} or statuses
+    decisive = statuses - {REQUEUE, DONE} or statuses
     return decisive.pop() if len(decisive) == 1 and decisive != {DONE} else FAILED
 
 

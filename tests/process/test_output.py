@@ -228,11 +228,24 @@ def test_the_launcher_refuses_what_torchrun_answers_with_a_traceback(
     assert part in program.errors
 
 
-def test_the_launcher_reads_statuses_left_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("left", "status"),
+    [
+        ([("0", "0", 1), ("1", "0", 2), ("1", "0", 75), ("1", "1", 75)], 75),
+        ([("0", "0", 2), ("0", "1", 75)], 2),
+        ([("0", "0", 2), ("0", "1", 0)], 2),
+        ([("0", "0", 1), ("0", "1", 2)], 1),
+        ([("0", "0", 75), ("0", "1", 0)], 1),
+        ([], 1),
+    ],
+)
+def test_the_launcher_ends_with_what_its_workers_leave_also_on_a_full_disk(
+    left: list[tuple[str, str, int]], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ACMIX_STATUS_FOLDER", str(tmp_path))
-    for attempt, rank, status in (("0", "0", 1), ("1", "0", 2), ("1", "0", 75), ("1", "1", 75)):
+    for attempt, rank, worker_status in left:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         monkeypatch.setenv("LOCAL_RANK", rank)
-        leave_status(status)
+        leave_status(worker_status)
     assert all(file.stat().st_size == 0 for file in tmp_path.iterdir()), "what a full disk has room for"
-    assert _status_of_workers(tmp_path) == 75
+    assert _status_of_workers(tmp_path) == status
