@@ -17,13 +17,18 @@ from acmix.ops.shift_conv.triton.tiles import map_tile, weight_tile
 
 
 @triton.jit
-def _locate(pixel, height, width, WIDE: tl.constexpr):
+def _pixels(step, PIXELS: tl.constexpr, WIDE: tl.constexpr):
+    """The pixels of a step, counted through the whole batch; all that follows from them is 64-bit if WIDE."""
+    if WIDE:
+        step = step.to(tl.int64)
+    return step * PIXELS + tl.arange(0, PIXELS)
+
+
+@triton.jit
+def _locate(pixel, height, width):
     """(image, row, column) of pixels counted through the whole batch."""
     row, x = pixel // width, pixel % width
-    image, y = row // height, row % height
-    if WIDE:
-        image = image.to(tl.int64)
-    return image, y, x
+    return row // height, row % height, x
 
 
 @triton.jit
@@ -74,8 +79,8 @@ def _maps_kernel(
     part = tl.program_id(0) % parts
     first = part // blocks * 4
     channel = part % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    pixel = tl.program_id(0) // parts * PIXELS + tl.arange(0, PIXELS)
-    image, y, x = _locate(pixel, target_height, target_width, WIDE)
+    pixel = _pixels(tl.program_id(0) // parts, PIXELS, WIDE)
+    image, y, x = _locate(pixel, target_height, target_width)
 
     total_0 = tl.zeros([PIXELS, CHANNELS], tl.float32)
     total_1, total_2, total_3 = total_0, total_0, total_0
@@ -177,8 +182,8 @@ def _weight_kernel(
     total_20, total_21, total_22, total_23 = total_00, total_00, total_00, total_00
     total_30, total_31, total_32, total_33 = total_00, total_00, total_00, total_00
     for step in range(steps):
-        pixel = (split * steps + step) * PIXELS + tl.arange(0, PIXELS)
-        image, y, x = _locate(pixel, grad_height, grad_width, WIDE)
+        pixel = _pixels(split * steps + step, PIXELS, WIDE)
+        image, y, x = _locate(pixel, grad_height, grad_width)
         from_y, from_x = y * STRIDE + tap // K * DILATION - REACH, x * STRIDE + tap % K * DILATION - REACH
         inside = (from_y >= 0) & (from_x >= 0) & (from_y < source_height) & (from_x < source_width) & (pixel < pixels)
         at = (image * grad_sb + y * grad_sy + x * grad_sx)[:, None]
@@ -359,8 +364,8 @@ def _steps(maps: Tensor) -> tuple[int, int, int]:
 
 
 def _is_wide(*maps: Tensor) -> bool:
-    """Whether an offset can leave the range of int32, the rest of the last step included."""
-    return any(m.shape[0] * abs(m.stride(0)) + (m.shape[2] + 64) * abs(m.stride(2)) >= 2**31 for m in maps)
+    """Whether an offset to a pixel can leave the range of int32."""
+    return any(sum(m.shape[axis] * abs(m.stride(axis)) for axis in range(4)) >= 2**31 for m in maps)
 
 
 def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
