@@ -21,8 +21,20 @@ def check_contents(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless q, k and v have one floating-point dtype and at least one pixel."""
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not are_dynamic(q.shape[2:]) and min(q.shape[2:]) < 1:
-        raise ValueError(f"a map of {q.shape[2]}×{q.shape[3]} pixels is empty: at least one pixel is needed")
+    check_pixels(*q.shape[2:])
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raise ValueError unless a map of this size has at least one pixel; one of any size, in a graph, has."""
+    if not torch.jit.is_tracing() and not are_dynamic((height, width)) and min(height, width) < 1:
+        raise ValueError(f"a map of {height}×{width} pixels is empty: at least one pixel is needed")
+
+
+def check_device(maps: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are where the maps are: the libraries take addresses, of any memory."""
+    for other in others:
+        if other is not None and other.device != maps.device:
+            raise ValueError(f"tensors on {maps.device} and on {other.device}: move maps and weights to one device")
 
 
 def are_uneven(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -378,6 +378,8 @@ BAD_CALLS = {
     "even": ({"kernel_size": 4}, r"kernel_size 4 has no centre pixel: choose an odd size, such as 5"),
     "empty": ({name: torch.zeros(1, 8, 0, 9) for name in ("q", "k", "v")}, r"a map of 0×9 pixels is empty"),
     "stride": ({"stride": 0}, r"stride 0 and dilation 1"),
+    "one device": ({"v": torch.zeros(1, 8, 9, 9, device="meta")}, r"tensors on cpu and on meta: move"),
+    "a weight elsewhere": ({"position_weight": torch.zeros(4, 2, device="meta")}, r"tensors on cpu and on meta: move"),
     "impl": ({"impl": "fast"}, r"unknown impl 'fast': choose auto or one of triton, dense, cpp, tiled, reference"),
     "triton": (
         {"impl": "triton"},

@@ -128,3 +128,9 @@ def test_shapes_that_do_not_fit_are_named():
         patch_aggregation(v, hidden, weight, bias, 5)
     with pytest.raises(ValueError, match="unknown impl 'fast'"):
         patch_aggregation(v, hidden, weight, bias, 3, "fast")
+    with pytest.raises(ValueError, match=r"hidden must be maps .* of the size of v"):
+        patch_aggregation(v, hidden[:1], weight, bias, 3)
+    with pytest.raises(ValueError, match=r"a map of 0×4 pixels is empty"):
+        patch_features(k[:, :, :0], scale, offset, weight, 3)
+    with pytest.raises(ValueError, match=r"floating-point numbers: torch\.int64"):
+        patch_features(k.long(), scale, offset, weight, 3)

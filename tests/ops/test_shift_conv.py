@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from acmix.ops import shift_conv
+from acmix.ops import grouped_conv, shift_conv
 from acmix.ops.implementations import Window
 from acmix.ops.native import cxx_compiler
 from acmix.ops.shift_conv import cpp, folded
@@ -224,6 +224,12 @@ BAD_CALLS = {
     "stride": ({"stride": 0}, r"stride 0 and dilation 1"),
     "one dtype": ({"v": torch.zeros(1, 8, 9, 9).double()}, r"one floating-point dtype.*torch\.float64"),
     "empty": ({name: torch.zeros(1, 8, 5, 0) for name in ("q", "k", "v")}, r"a map of 5×0 pixels is empty"),
+    "no channels": (
+        {"shift_weight": torch.zeros(0, 9, 3, 3)} | {name: torch.zeros(1, 0, 9, 9) for name in ("q", "k", "v")},
+        r"0 channels do not divide into 2 heads",
+    ),
+    "one device": ({"k": torch.zeros(1, 8, 9, 9, device="meta")}, r"tensors on cpu and on meta: move"),
+    "weights elsewhere": ({"fc_weight": torch.zeros(9, 6, device="meta")}, r"tensors on cpu and on meta: move"),
     "impl": (
         {"impl": "fast"},
         r"unknown impl 'fast': choose auto or one of triton, unfolded, cpp, dense, folded, reference",
@@ -237,6 +243,13 @@ def test_a_call_that_cannot_work_says_why_and_what_to_do(changes: dict[str, obje
     arguments |= {"fc_weight": torch.zeros(9, 6), "shift_weight": torch.zeros(8, 9, 3, 3)}
     with pytest.raises(ValueError, match=message):
         shift_conv(**(arguments | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(8, 6, 1, 3), (8, 6, 3, 1), (8, 6, 3), (8, 0, 3, 3), (8, 9, 3, 3), (4, 6, 3, 3)])
+def test_a_folded_weight_that_does_not_fit_the_maps_is_refused(size: tuple[int, ...]) -> None:
+    maps = torch.zeros(1, 8, 9, 9)
+    with pytest.raises(ValueError, match=r"weight must be \(channels, 3 \* heads, k, k\), got .* for 8 channels"):
+        grouped_conv(maps, maps, maps, torch.zeros(size))
 
 
 @pytest.mark.parametrize("impl", ["auto", "unfolded", "folded"])

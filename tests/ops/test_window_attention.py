@@ -115,3 +115,19 @@ def test_it_says_where_it_cannot_run(monkeypatch):
     grad(inside)(maps)
     monkeypatch.setenv("ACMIX_COMPILE", "never")
     assert "ACMIX_COMPILE" in str(window_attention_refusal(maps))
+
+
+def test_a_call_that_cannot_work_says_why_and_what_to_do():
+    maps, bias = torch.zeros(1, 8, 8, 8), torch.zeros(2, 16, 16)
+    bad_calls = [
+        ((maps, maps[..., :4], maps, bias, (4, 4)), "q, k and v must be maps of one shape"),
+        ((maps, maps.double(), maps, bias, (4, 4)), "one floating-point dtype"),
+        ((maps, maps, maps, bias.to("meta"), (4, 4)), "tensors on cpu and on meta: move"),
+        ((*[maps[..., :7, :]] * 3, bias, (4, 4)), "windows of 4×4 do not tile a map of 7×8: pad it first"),
+        ((maps, maps, maps, bias, (0, 4)), "windows of 0×4 do not tile"),
+        ((maps, maps, maps, bias[:, :4, :4], (4, 4)), r"bias must be .*\(heads, 16, 16\) .* got \(2, 4, 4\)"),
+        ((maps, maps, maps, torch.zeros(3, 16, 16), (4, 4)), r"heads that divide 8 channels, got \(3, 16, 16\)"),
+    ]
+    for arguments, message in bad_calls:
+        with pytest.raises(ValueError, match=message):
+            window_attention(*arguments, (0, 0))

@@ -11,6 +11,7 @@ from acmix.ops.maps import (
     autocast_dtype,
     cast_maps,
     check_contents,
+    check_device,
     check_maps,
     empty_like_layout,
     keepable,
@@ -53,8 +54,8 @@ def local_attention(
         dtype first, as for a matrix product; positions and the softmax stay in float32 or better.
 
     Raises:
-        ValueError: for maps of different shapes or dtypes, empty maps, channels that d does not divide, an even
-            kernel_size, an unknown impl, or an impl that cannot run here (with the reason).
+        ValueError: for maps of different shapes, dtypes or devices, empty maps, channels that d does not divide, an
+            even kernel_size, an unknown impl, or an impl that cannot run here (with the reason).
     """
     if (dtype := autocast_dtype(q)) is not None:
         q, k, v = cast_maps(dtype, q, k, v)
@@ -100,6 +101,7 @@ def _saved(impl: str, *kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
 def _check(q: Tensor, k: Tensor, v: Tensor, position_weight: Tensor) -> None:
     check_maps(q, k, v)
     check_contents(q, k, v)
+    check_device(q, k, v, position_weight)
     if position_weight.dim() != 2 or position_weight.shape[1] != 2 or position_weight.shape[0] < 1:
         raise ValueError(f"position_weight must have shape (head_dim, 2), got {tuple(position_weight.shape)}")
     head_dim = position_weight.shape[0]

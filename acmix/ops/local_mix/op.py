@@ -15,7 +15,7 @@ from acmix.ops import eager, reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
 from acmix.ops.implementations import Problem, Window, transformed
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
-from acmix.ops.maps import autocast_dtype, without_autocast
+from acmix.ops.maps import autocast_dtype, check_device, check_pixels, without_autocast
 from acmix.ops.shift_conv.implementations import SHIFT_CONV
 from acmix.ops.shift_conv.op import convolve_plain
 from acmix.ops.shift_conv.weight import empty_like_folded
@@ -49,7 +49,9 @@ def local_mix(
 
     Raises:
         RuntimeError: if neither C++ nor Triton can run here; see `local_mix_refusal`.
+        ValueError: for tensors whose shapes do not fit together, tensors on different devices, or an empty map.
     """
+    _check(qkv, position_weight, weight, alpha)
     if (dtype := autocast_dtype(qkv)) is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(dtype)
     inputs = (qkv.contiguous(), position_weight, weight, alpha)
@@ -66,6 +68,24 @@ def local_mix(
     with without_autocast(qkv):
         out: Tensor = _forward(*inputs, *options)[0]
     return out
+
+
+def _check(qkv: Tensor, position_weight: Tensor, weight: Tensor, alpha: Tensor) -> None:
+    check_device(qkv, position_weight, weight, alpha)
+    if qkv.dim() != 4 or not qkv.is_floating_point() or position_weight.dim() != 2 or weight.dim() != 4 or alpha.dim():
+        raise ValueError(
+            "qkv must be a floating-point map (B, H, W, 3 * channels), position_weight (head_dim, 2), weight "
+            f"(channels, 3 * heads, k, k) and alpha a scalar, got {qkv.dtype} {tuple(qkv.shape)}, "
+            f"{tuple(position_weight.shape)}, {tuple(weight.shape)} and {tuple(alpha.shape)}"
+        )
+    check_pixels(*qkv.shape[1:3])
+    (channels, maps, rows, columns), head_dim = weight.shape, position_weight.shape[0]
+    fits = head_dim > 0 and position_weight.shape[1] == 2 and rows == columns
+    if not fits or qkv.shape[3] != 3 * channels or maps * head_dim != 3 * channels or not channels:
+        raise ValueError(
+            f"weight must be (channels, 3 * heads, k, k) and position_weight (head_dim, 2) for {qkv.shape[3]} channels "
+            f"of q, k and v together, got {tuple(weight.shape)} and {tuple(position_weight.shape)}"
+        )
 
 
 def local_mix_refusal(

@@ -14,7 +14,7 @@ from torch.library import CustomOpDef
 
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
 from acmix.ops.implementations import Operation, Problem, Window, announcing, transformed
-from acmix.ops.maps import keepable, without_autocast
+from acmix.ops.maps import check_pixels, keepable, without_autocast
 from acmix.ops.patchwise.border import reflected
 from acmix.ops.patchwise.implementations import PATCH_AGGREGATION, PATCH_FEATURES
 
@@ -39,8 +39,10 @@ def patch_features(
         (B, G, H, W) in the dtype of k; sums are taken in float32 or better.
 
     Raises:
-        ValueError: for shapes that do not fit together, an even kernel_size, an unknown impl or one that cannot run.
+        ValueError: for shapes that do not fit together, empty maps, maps of integers, an even kernel_size, an unknown
+            impl or one that cannot run.
     """
+    _check_map(k)
     channels, members = k.shape[1], kernel_size**2
     if scale.shape != (channels, members) or offset.shape != scale.shape or weight.shape[1:] != scale.shape:
         raise ValueError(
@@ -73,6 +75,9 @@ def patch_aggregation(
     Raises:
         ValueError: as for `patch_features`.
     """
+    _check_map(v)
+    if hidden.dim() != 4 or (hidden.shape[0], *hidden.shape[2:]) != (v.shape[0], *v.shape[2:]) or not hidden.shape[1]:
+        raise ValueError(f"hidden must be maps (B, G, H, W) of the size of v, {tuple(v.shape)}: {tuple(hidden.shape)}")
     groups, members = hidden.shape[1], kernel_size**2
     if weight.shape != (groups, members, groups) or bias.shape != (groups, members) or v.shape[1] % groups:
         raise ValueError(
@@ -81,6 +86,12 @@ def patch_aggregation(
             f"and {tuple(bias.shape)}"
         )
     return _run(PATCH_AGGREGATION, _aggregation, plain_aggregation, (v, hidden, weight, bias), kernel_size, impl)
+
+
+def _check_map(maps: Tensor) -> None:
+    if maps.dim() != 4 or not maps.is_floating_point():
+        raise ValueError(f"the maps must be (B, C, H, W) of floating-point numbers: {maps.dtype} {tuple(maps.shape)}")
+    check_pixels(*maps.shape[2:])
 
 
 def plain_features(k: Tensor, scale: Tensor, offset: Tensor, weight: Tensor, kernel_size: int) -> Tensor:

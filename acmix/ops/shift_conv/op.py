@@ -15,6 +15,7 @@ from acmix.ops.maps import (
     autocast_dtype,
     cast_maps,
     check_contents,
+    check_device,
     empty_like_layout,
     is_channels_last,
     keepable,
@@ -106,14 +107,8 @@ def grouped_conv(
         q, k, v = cast_maps(dtype, q, k, v)
         with without_autocast(q):
             return grouped_conv(q, k, v, weight, stride=stride, dilation=dilation, impl=impl)
+    _check_folded(q, k, v, weight)
     window = _window(weight.shape[-1], stride, dilation, q)
-    if are_uneven(q, k, v):
-        _check_uneven(q, k, v, weight.shape[1], weight.shape[0])
-    elif weight.shape[0] != q.shape[1] or weight.shape[1] % 3 or q.shape[1] % max(1, weight.shape[1] // 3):
-        raise ValueError(
-            f"weight must be (channels, 3 * heads, k, k), got {tuple(weight.shape)} for {q.shape[1]} channels"
-        )
-    check_contents(q, k, v)
     choice = SHIFT_CONV.resolve(impl, _problem(q, k, v, weight.shape[1], window))
     if choice in ("reference", "unfolded"):
         return convolve_plain(q, k, v, weight.to(q.dtype), window.stride, dilation)
@@ -256,6 +251,7 @@ def _check(
 ) -> None:
     uneven, kernel = are_uneven(q, k, v), shift_weight.shape[-1]
     check_contents(q, k, v)
+    check_device(q, k, v, fc_weight, shift_weight, fc_bias, bias)
     channels = shift_weight.shape[0] if uneven else q.shape[1]
     taps = kernel * kernel
     if tuple(shift_weight.shape) != (channels, taps, kernel, kernel):
@@ -268,12 +264,24 @@ def _check(
     heads = fc_weight.shape[1] // 3
     if uneven:
         _check_uneven(q, k, v, fc_weight.shape[1], channels)
-    elif heads == 0 or channels % heads:
+    elif heads == 0 or channels == 0 or channels % heads:
         raise ValueError(f"{channels} channels do not divide into {heads} heads (fc_weight's columns / 3)")
     if fc_bias is not None and tuple(fc_bias.shape) != (taps,):
         raise ValueError(f"fc_bias must be (k²,) = ({taps},), got {tuple(fc_bias.shape)}")
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"bias must be (channels,) = ({channels},), got {tuple(bias.shape)}")
+
+
+def _check_folded(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> None:
+    uneven = are_uneven(q, k, v)
+    check_contents(q, k, v)
+    check_device(q, k, v, weight)
+    sizes = tuple(weight.shape)
+    fits = len(sizes) == 4 and sizes[2] == sizes[3]
+    if fits and uneven:
+        _check_uneven(q, k, v, sizes[1], sizes[0])
+    elif not fits or not sizes[0] == q.shape[1] > 0 or sizes[1] % 3 or not sizes[1] or q.shape[1] % (sizes[1] // 3):
+        raise ValueError(f"weight must be (channels, 3 * heads, k, k), got {sizes} for {q.shape[1]} channels")
 
 
 def _check_uneven(q: Tensor, k: Tensor, v: Tensor, maps: int, outputs: int) -> None:

@@ -6,7 +6,15 @@ from torch import Tensor
 from acmix.ops import native, reference
 from acmix.ops.derivatives import plain_gradients, refuse_forward_ad, register_second_derivative
 from acmix.ops.implementations import may_compile, transformed
-from acmix.ops.maps import autocast_dtype, cast_maps, keepable, without_autocast
+from acmix.ops.maps import (
+    autocast_dtype,
+    cast_maps,
+    check_contents,
+    check_device,
+    check_maps,
+    keepable,
+    without_autocast,
+)
 
 _SOURCE = "window_attention/window_attention.cpp"
 
@@ -28,12 +36,29 @@ def window_attention(
 
     Raises:
         RuntimeError: if C++ cannot run here; see `window_attention_refusal`.
+        ValueError: for maps of different shapes, dtypes or devices, windows that do not tile them, or a bias of another
+            size.
     """
+    _check(q, k, v, bias, window_size)
     if (dtype := autocast_dtype(q)) is not None:
         q, k, v = cast_maps(dtype, q, k, v)
     with without_autocast(q):
         out: Tensor = _forward(q, k, v, bias, *window_size, *shift)
         return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window_size: tuple[int, int]) -> None:
+    check_maps(q, k, v)
+    check_contents(q, k, v)
+    check_device(q, k, v, bias)
+    (height, width), (rows, columns) = q.shape[2:], window_size
+    if min(window_size) < 1 or height % rows or width % columns:
+        raise ValueError(f"windows of {rows}×{columns} do not tile a map of {height}×{width}: pad it first")
+    if bias.dim() != 3 or bias.shape[1:] != (rows * columns,) * 2 or not bias.shape[0] or q.shape[1] % bias.shape[0]:
+        raise ValueError(
+            f"bias must be (heads, area, area) = (heads, {rows * columns}, {rows * columns}) for windows of "
+            f"{rows}×{columns}, with heads that divide {q.shape[1]} channels, got {tuple(bias.shape)}"
+        )
 
 
 def window_attention_refusal(q: Tensor) -> str | None:
