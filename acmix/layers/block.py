@@ -16,7 +16,7 @@ from acmix.layers.path import Path
 from acmix.layers.plain import is_observed, is_plain
 from acmix.ops import local_mix, local_mix_refusal
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
-from acmix.ops.maps import is_channels_last
+from acmix.ops.maps import check_pixels, is_channels_last
 
 WIDE = 64  # input channels from which a matrix product is as fast a projection as a 1×1 convolution; measured on a CPU
 
@@ -45,7 +45,7 @@ class ACmix(nn.Module):
 
     Raises:
         ValueError: if heads do not divide out_channels, a kernel is even, or a name is unknown; at the call, for
-            an input of another shape or of integers.
+            an input of another shape, without a pixel or of integers.
     """
 
     def __init__(
@@ -194,6 +194,7 @@ class ACmix(nn.Module):
             )
         if not x.is_floating_point():
             raise ValueError(f"ACmix wants floating-point maps, got {x.dtype}: convert them, such as by x.float()")
+        check_pixels(*x.shape[2:])
 
     def _can_fuse(self) -> bool:
         paths = (path for path in (self.attention, self.convolution) if path is not None)

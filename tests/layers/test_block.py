@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from acmix import ACmix
+from acmix.layers import LocalAttention, PatchwiseAttention, ReducedAttention, WindowAttention
 from acmix.models import load_official
 from acmix.ops.local_attention.implementations import LOCAL_ATTENTION
 
@@ -140,6 +141,13 @@ def test_an_input_of_another_shape_is_refused_with_the_shape_that_is_wanted(shap
     wanted = r"ACmix wants maps \(B, in_channels, H, W\) with in_channels = 8, got " + re.escape(str(shape))
     with pytest.raises(ValueError, match=wanted):
         ACmix(8, 8, kernel_att=3)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("kind", [LocalAttention, WindowAttention, ReducedAttention, PatchwiseAttention])
+@pytest.mark.parametrize("mix", ["learned", "attention", "convolution"])
+def test_a_map_without_a_pixel_is_refused_by_every_path(kind, mix):
+    with pytest.raises(ValueError, match="a map of 0×3 pixels is empty"):
+        ACmix(8, 8, heads=2, attention=kind(2, 4), mix=mix)(torch.zeros(2, 8, 0, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
