@@ -5,14 +5,17 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
     """Whether calling `module` would do exactly what `kind.forward` does with its weights, and nothing else.
+
+    Of several kinds it may be any.
 
     Only then may its weights be used without the call. An adapter, a wrapper, a quantised or a parametrized layer is of
     another type, or its weights are (as torchao's are); hooks and a `forward` set on the instance would never run.
     """
     ordinary = not any(is_traceable_wrapper_subclass(weight) for weight in module._parameters.values())
-    return type(module) is kind and ordinary and not is_observed(module)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return type(module) in kinds and ordinary and not is_observed(module)
 
 
 def is_observed(module: nn.Module) -> bool:

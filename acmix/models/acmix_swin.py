@@ -26,7 +26,7 @@ from torch.fx import Proxy
 
 from acmix.layers import ACmix, WindowAttention, path_weights, tie_path_weights
 from acmix.layers.fixed_size import with_fixed_size
-from acmix.layers.plain import is_observed, is_plain
+from acmix.layers.plain import is_plain
 from acmix.models.checks import check_positive, check_rates
 from acmix.models.drop_path import drop_path_rates
 from acmix.models.official import OfficialNames, register_official
@@ -35,6 +35,7 @@ from acmix.models.windows import resize_bias_table, set_windows
 from acmix.ops.implementations import transformed
 
 HIDDEN_VALUES = 150_000  # of a perceptron that are computed at a time in inference; measured
+PIXELWISE = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Identity)  # what a perceptron is made of
 
 
 @register_notrace_module
@@ -98,7 +99,7 @@ class SwinBlock(nn.Module):
         """How many pixels the perceptron takes at a time in inference on a CPU; 0 for all at once.
 
         The hidden values of a part, four times as many as those of the map, stay in the cache. A part of fewer rows
-        than columns would read the matrices too often.
+        than columns would read the matrices too often. Layers put in place of these may look at the whole map.
         """
         if (
             isinstance(x, Proxy)
@@ -110,7 +111,7 @@ class SwinBlock(nn.Module):
             return 0
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
             return 0
-        if any(is_observed(part) for part in (self.norm2, *self.mlp.children())):
+        if not all(is_plain(layer, PIXELWISE) for layer in (self.norm2, *self.mlp.children())):
             return 0
         pixels, channels = math.prod(x.shape[:3]), x.shape[-1]
         hidden = int(channels * self.mlp_ratio)

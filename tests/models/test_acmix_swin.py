@@ -116,6 +116,21 @@ def test_the_perceptron_takes_parts_in_inference_unless_a_hook_wants_to_see_it_w
     assert called == ([2] if hooked else [])
 
 
+@pytest.mark.parametrize("place", ["mlp.act", "norm2"])
+def test_a_layer_put_into_the_perceptron_sees_the_whole_map_in_inference_too(monkeypatch, place):
+    class Centred(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean((1, 2), keepdim=True)
+
+    monkeypatch.setattr(acmix_swin, "HIDDEN_VALUES", 32 * 9)
+    model = timm.create_model("acmix_swin_tiny", img_size=32, window_size=4, **SMALL).eval()
+    block, x = model.layers[0].blocks[0], torch.randn(2, 16, 16, 8)
+    block.set_submodule(place, Centred())
+    with torch.no_grad():
+        inferred = block(x)
+    torch.testing.assert_close(inferred, block(x))
+
+
 def test_a_compiled_network_has_no_convolution_of_pytorch_but_the_first():
     """For one, Inductor would take the maps before it for (B, C, H, W), and lay them out as (B, W, C, H)."""
     targets = []
