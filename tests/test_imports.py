@@ -22,7 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "acmix.ops.implementations": ("acmix.ops.maps",),
     "acmix.ops": (),
     "acmix.layers": ("acmix.ops",),
-    "acmix.models": ("acmix.layers", "acmix.ops", "acmix.checkpoint.fit"),
+    "acmix.models": ("acmix.layers", "acmix.ops", "acmix.checkpoint.fit", "acmix.checkpoint.state_dict"),
     "acmix.checkpoint": (),
     "acmix.process": ("acmix.config",),
     "acmix.data": ("acmix.config", "acmix.checkpoint.atomic"),

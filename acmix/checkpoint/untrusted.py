@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from acmix.checkpoint.pickle_scan import scan_globals
+from acmix.checkpoint.state_dict import state_dict_refusal
 from acmix.errors import UserError
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl", ".tar", ".ckpt")
@@ -138,13 +139,12 @@ def _is_allowed(name: str) -> bool:
 
 
 def _state_dict(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    state = {_clean(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not state or len(state) != len(content):
-        strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-        raise UserError(
-            f"{path}: not a dict of weights; "
-            + (f"these entries are no tensors: {', '.join(strangers[:5])}" if strangers else "it is empty")
-        )
+    refusal = state_dict_refusal(content)
+    if refusal is not None or not content:
+        raise UserError(f"{path}: not a dict of weights; {refusal or 'it is empty'}")
+    state = {_clean(key): value for key, value in content.items()}
+    if len(state) != len(content):
+        raise UserError(f"{path}: two of its names differ only in the prefix that a wrapper of the network left")
     return state
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmix.checkpoint.state_dict import state_dict_refusal
 from acmix.layers import ACmix, AttentionPath, WindowAttention
 from acmix.models.windows import resize_bias_table
 
@@ -127,13 +128,11 @@ def _fit_bias_tables(module: nn.Module, plan: Mapping[str, list[tuple[str, tuple
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The names and tensors inside a checkpoint."""
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"not a state dict: a {type(checkpoint).__name__}, not names and tensors")
     for key in ("model", "state_dict"):
-        if isinstance(checkpoint.get(key), Mapping):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
-    if strangers := [str(name) for name, value in checkpoint.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"not a state dict: these entries are no tensors: {', '.join(strangers)}")
+    if refusal := state_dict_refusal(checkpoint):
+        raise ValueError(f"not a state dict: {refusal}")
     if strangers := [repr(name) for name in checkpoint if not isinstance(name, str)]:
         raise ValueError(f"not a state dict: these names are no text: {', '.join(strangers)}")
     wrapped = bool(checkpoint) and all(name.startswith("module.") for name in checkpoint)

@@ -139,6 +139,8 @@ def test_an_arm_without_a_place_for_every_weight_is_refused(options):
 def test_what_is_no_state_dict_or_no_network_of_ours_is_refused():
     with pytest.raises(ValueError, match="no tensors: epoch"):
         models.load_official(ACmix(8, 8), {"epoch": 3})
+    with pytest.raises(ValueError, match="no tensors: a, b, c, d, e, … 7 in all"):
+        models.load_official(ACmix(8, 8), {"model": dict.fromkeys("abcdefg", 0)})
     with pytest.raises(ValueError, match="a list, not names and tensors"):
         models.load_official(ACmix(8, 8), [torch.zeros(1)])
     with pytest.raises(ValueError, match="these names are no text: 1"):
