@@ -176,6 +176,12 @@ def test_weights_that_differ_within_a_stage_are_refused_where_it_has_one_for_all
         models.grow(tied, source)
 
 
+def test_a_checkpoint_around_the_weights_is_named_as_such(plain: nn.Module) -> None:
+    network = models.create_model("acmix_resnet26", **NARROW)
+    with pytest.raises(UserError, match="no state dict: these entries are no tensors: model, epoch"):
+        models.grow(network, {"model": plain.state_dict(), "epoch": 3})  # type: ignore[dict-item]
+
+
 def test_a_tensor_more_or_less_is_refused_by_name() -> None:
     weights = models.create_model("acmix_resnet26", block="plain", **NARROW).state_dict()
     network = models.create_model("acmix_resnet26", **NARROW)
@@ -257,6 +263,22 @@ def test_a_resnet_grown_with_images_classifies_before_any_training(plain: nn.Mod
         right = [float((net.eval()(images).argmax(1) == targets).float().mean()) for net in (plain, network)]
     assert right[0] > 0.9  # a random start would have 0.2
     assert right[1] > right[0] - 0.2
+
+
+@pytest.mark.parametrize("calibration", [[], [torch.zeros(0, 3, 16, 16)]], ids=["no batch", "an empty batch"])
+def test_a_calibration_without_images_is_refused_before_anything_changes(plain: nn.Module, calibration: list) -> None:
+    network = models.create_model("acmix_resnet26", **NARROW)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(UserError, match="calibration: it holds no images"):
+        models.grow(network, plain.state_dict(), calibration=iter(calibration))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_images_without_variance_give_a_network_and_finite_shares(plain: nn.Module) -> None:
+    network = models.create_model("acmix_resnet26", **NARROW)
+    growth = models.grow(network, plain.state_dict(), calibration=[torch.zeros(2, 3, 1, 1)])
+    assert all(0 <= layer.fit <= 1 for layer in growth.layers)  # type: ignore[operator]
+    assert all(value.isfinite().all() for value in network.state_dict().values())
 
 
 def test_full_rank_kernels_are_the_convolution_itself(plain: nn.Module) -> None:

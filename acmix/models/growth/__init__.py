@@ -1,11 +1,13 @@
 """Start from what is trained: the weights of a plain network in an ACmix network, whose new path has no weight yet."""
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from acmix.checkpoint.fit import interpolated_positions
+from acmix.checkpoint.state_dict import state_dict_refusal
 from acmix.errors import UserError
 from acmix.layers import ACmix
 from acmix.models.acmix_resnet import ACmixResNet
@@ -46,18 +48,21 @@ def grow(
         on_layer: Called with each approximated block when it is made, which takes its time with a calibration.
 
     Raises:
-        UserError: listing every missing and unexpected name and every shape that differs, with the likely reason,
-            before anything is changed; for a share that is not from 0 to less than 1; for a block that cannot hold
-            what the source has.
+        UserError: for what is no state dict; listing every missing and unexpected name and every shape that differs,
+            with the likely reason; for a share that is not from 0 to less than 1; for a calibration without images;
+            for a block that cannot hold what the source has; all before anything is changed.
     """
     if not 0 <= share < 1:
         raise UserError(f"share: must be from 0 to less than 1, got {share}")
+    if refusal := state_dict_refusal(state_dict):
+        raise UserError(f"the weights to grow from are no state dict: {refusal}")
     growth = Growth()
     given = our_names(state_dict, growth.dropped)
     _leave_classifier(network, given, growth)
     _fit_positions(network, given, growth)
     convolutions = approximated(network, given)
     values = _plan(network, given, {f"{name}.acmix" for name in convolutions}, share, growth)
+    calibration = calibration if calibration is None or not convolutions else _images(calibration)
     own = network.state_dict()
     for name, value in values.items():
         own[name].copy_(value)
@@ -74,6 +79,15 @@ def grow(
     names = list(own)
     growth.new.sort(key=names.index)
     return growth
+
+
+def _images(calibration: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches of a calibration; UserError where there are none."""
+    batches = iter(calibration)
+    for first in batches:
+        if len(first):
+            return itertools.chain([first], batches)
+    raise UserError("calibration: it holds no images; a few hundred are wanted, or None to do without")
 
 
 def _plan(

@@ -58,7 +58,10 @@ def fit_kernels(block: ACmix, factors: Factors, inputs: Iterable[Tensor], output
 
 
 def explained(outputs: Iterable[Tensor], given: Iterable[Tensor], scale: Tensor) -> float:
-    """The share of the variance of `outputs` that `given` gives, with each channel's error counted by `scale` (C,)."""
+    """The share of the variance of `outputs` that `given` gives, with each channel's error counted by `scale` (C,).
+
+    Of outputs without variance, such as those of a dead layer, it is 1 where `given` gives just them, else 0.
+    """
     error, square, total, count = 0.0, 0.0, torch.zeros(()), 0
     for y, z in zip(outputs, given, strict=True):
         weight = scale[:, None, None]
@@ -66,7 +69,8 @@ def explained(outputs: Iterable[Tensor], given: Iterable[Tensor], scale: Tensor)
         square += float((y.double() * weight).square().sum())
         total = total.to(y.device) + (y.double() * weight).sum((0, 2, 3))
         count += y[:, 0].numel()
-    return 1 - error / (square - float(total.square().sum()) / count)
+    variance, nothing = square - float(total.square().sum()) / count, 1e-12 * square  # what rounding leaves
+    return 1 - error / variance if variance > nothing else float(error <= nothing)
 
 
 def shift_statistics(norm: nn.Module, before: Iterable[Tensor], now: Iterable[Tensor]) -> None:
