@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from acmix.models import acmix_swin
+from acmix.models import swin_blocks
 
 SMALL = {"num_classes": 5, "embed_dim": 8, "heads": (1, 2, 2, 4), "patch_size": 2}
 
@@ -104,7 +104,7 @@ def test_the_shift_is_undone_and_moves_nothing_but_the_windows():
 
 @pytest.mark.parametrize("hooked", [False, True])
 def test_the_perceptron_takes_parts_in_inference_unless_a_hook_wants_to_see_it_whole(monkeypatch, hooked):
-    monkeypatch.setattr(acmix_swin, "HIDDEN_VALUES", 32 * 9)  # nine pixels of the first stage, which 16 × 16 exceeds
+    monkeypatch.setattr(swin_blocks, "HIDDEN_VALUES", 32 * 9)  # nine pixels of the first stage, which 16 × 16 exceeds
     model = timm.create_model("acmix_swin_tiny", img_size=32, window_size=4, **SMALL).double().eval()
     block, x = model.layers[0].blocks[0], torch.randn(2, 16, 16, 8, dtype=torch.float64)
     want, called = block(x.requires_grad_()), []
@@ -122,7 +122,7 @@ def test_a_layer_put_into_the_perceptron_sees_the_whole_map_in_inference_too(mon
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x - x.mean((1, 2), keepdim=True)
 
-    monkeypatch.setattr(acmix_swin, "HIDDEN_VALUES", 32 * 9)
+    monkeypatch.setattr(swin_blocks, "HIDDEN_VALUES", 32 * 9)
     model = timm.create_model("acmix_swin_tiny", img_size=32, window_size=4, **SMALL).eval()
     block, x = model.layers[0].blocks[0], torch.randn(2, 16, 16, 8)
     block.set_submodule(place, Centred())
