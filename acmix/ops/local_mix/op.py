@@ -72,19 +72,19 @@ def local_mix(
 
 def _check(qkv: Tensor, position_weight: Tensor, weight: Tensor, alpha: Tensor) -> None:
     check_device(qkv, position_weight, weight, alpha)
-    if qkv.dim() != 4 or not qkv.is_floating_point() or position_weight.dim() != 2 or weight.dim() != 4 or alpha.dim():
+    sizes, of_position, of_weight, of_alpha = qkv.shape, position_weight.shape, weight.shape, alpha.shape
+    if (len(sizes), len(of_position), len(of_weight), len(of_alpha)) != (4, 2, 4, 0) or not qkv.is_floating_point():
         raise ValueError(
             "qkv must be a floating-point map (B, H, W, 3 * channels), position_weight (head_dim, 2), weight "
-            f"(channels, 3 * heads, k, k) and alpha a scalar, got {qkv.dtype} {tuple(qkv.shape)}, "
-            f"{tuple(position_weight.shape)}, {tuple(weight.shape)} and {tuple(alpha.shape)}"
+            f"(channels, 3 * heads, k, k) and alpha a scalar, got {qkv.dtype} {tuple(sizes)}, {tuple(of_position)}, "
+            f"{tuple(of_weight)} and {tuple(of_alpha)}"
         )
-    check_pixels(*qkv.shape[1:3])
-    (channels, maps, rows, columns), head_dim = weight.shape, position_weight.shape[0]
-    fits = head_dim > 0 and position_weight.shape[1] == 2 and rows == columns
-    if not fits or qkv.shape[3] != 3 * channels or maps * head_dim != 3 * channels or not channels:
+    check_pixels(sizes[1], sizes[2])
+    (channels, maps, rows, columns), (head_dim, axes) = of_weight, of_position
+    if not (axes == 2 and rows == columns and channels > 0 and sizes[3] == 3 * channels == maps * head_dim):
         raise ValueError(
-            f"weight must be (channels, 3 * heads, k, k) and position_weight (head_dim, 2) for {qkv.shape[3]} channels "
-            f"of q, k and v together, got {tuple(weight.shape)} and {tuple(position_weight.shape)}"
+            f"weight must be (channels, 3 * heads, k, k) and position_weight (head_dim, 2) for {sizes[3]} channels of "
+            f"q, k and v together, got {tuple(of_weight)} and {tuple(of_position)}"
         )
 
 
