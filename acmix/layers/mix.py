@@ -1,5 +1,6 @@
 """PathMix: how much of each path a block takes."""
 
+import math
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Self
@@ -71,14 +72,15 @@ class PathMix(nn.Module):
         Raises:
             ValueError: as the constructor, and for a key that there is not.
         """
-        options = {"mode": mix} if isinstance(mix, str) else dict(mix)
+        options: dict[str, Any] = {"mode": mix} if isinstance(mix, str) else dict(mix)
         known = ("mode", "alpha", "beta", "per", "tied")
         if unknown := [key for key in options if key not in known]:
             nearest = get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
             raise ValueError(f"mix.{unknown[0]}: unknown key; nearest: {nearest} (all: {', '.join(known)})")
         for key in ("alpha", "beta"):
-            if type(options.get(key)) not in (int, float, type(None)):
-                raise ValueError(f"mix.{key}: must be a number, got {options[key]!r}")
+            weight = options.get(key)
+            if weight is not None and (type(weight) not in (int, float) or not math.isfinite(weight)):
+                raise ValueError(f"mix.{key}: must be a finite number, got {weight!r}")
         if not isinstance(options.get("tied", False), bool):
             raise ValueError(f"mix.tied: must be true or false, got {options['tied']!r}")
         return cls(stage=stage, heads=heads, channels=channels, **options)

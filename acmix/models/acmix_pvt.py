@@ -89,6 +89,12 @@ class ACmixPVT(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        per_stage = (embed_dims, depths, heads, reductions, mlp_ratios)
+        if not depths or len({len(values) for values in per_stage}) > 1:
+            raise ValueError(
+                "embed_dims, depths, heads, reductions and mlp_ratios need one number a stage, got "
+                + ", ".join(str(list(values)) for values in per_stage)
+            )
         check_positive(
             img_size=img_size,
             patch_size=patch_size,
@@ -98,12 +104,6 @@ class ACmixPVT(nn.Module):
             reductions=tuple(reductions),
         )
         check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
-        per_stage = (embed_dims, depths, heads, reductions, mlp_ratios)
-        if not depths or len({len(values) for values in per_stage}) > 1:
-            raise ValueError(
-                "embed_dims, depths, heads, reductions and mlp_ratios need one number a stage, got "
-                + ", ".join(str(list(values)) for values in per_stage)
-            )
         self.num_classes, self.in_chans = num_classes, in_chans
         self.has_token = class_token and PathMix.build(mix, 1, 1, 1).has_attention
         if self.has_token and reductions[-1] != 1:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from acmix.layers import ACmix, ReducedAttention
 from acmix.layers.attention.reduced import filled_to
 from acmix.layers.fixed_size import with_fixed_size
+from acmix.models.checks import perceptron_width
 
 EPS = 1e-6  # of the layer norms that are PVT's argument; those of patches and reduction have PyTorch's 1e-5
 
@@ -59,7 +60,7 @@ class PVTBlock(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp = Mlp(dim, perceptron_width(dim, mlp_ratio), drop=proj_drop)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """(B, tokens + height · width, dim) to the same shape: the tokens, then the pixels of a map, row by row."""

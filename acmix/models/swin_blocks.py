@@ -13,6 +13,7 @@ from torch.fx import Proxy
 
 from acmix.layers import ACmix, WindowAttention
 from acmix.layers.plain import is_plain
+from acmix.models.checks import perceptron_width
 from acmix.models.windows import set_windows
 from acmix.ops.implementations import transformed
 
@@ -59,7 +60,7 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.mlp_ratio = mlp_ratio
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp = Mlp(dim, perceptron_width(dim, mlp_ratio), drop=proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, dim) to the same shape."""
@@ -96,8 +97,7 @@ class SwinBlock(nn.Module):
         if not all(is_plain(layer, PIXELWISE) for layer in (self.norm2, *self.mlp.children())):
             return 0
         pixels, channels = math.prod(x.shape[:3]), x.shape[-1]
-        hidden = int(channels * self.mlp_ratio)
-        rows = HIDDEN_VALUES // hidden
+        rows = HIDDEN_VALUES // perceptron_width(channels, self.mlp_ratio)
         return rows if pixels > 4 * rows and rows >= channels and x.is_contiguous() else 0
 
     def set_windows(

@@ -148,7 +148,8 @@ def test_a_network_that_does_not_tie_its_tied_blocks_is_told():
         ({"mode": "sum", "alpha": 0.5}, "mix.alpha: has no effect with the mode sum"),
         ({"mode": "convex", "beta": 0.5}, "mix.beta: has no effect with the mode convex"),
         ({"mode": "fixed", "per": "head"}, "mix.per: has no effect with the mode fixed"),
-        ({"alpha": "half"}, "mix.alpha: must be a number"),
+        ({"alpha": "half"}, "mix.alpha: must be a finite number"),
+        ({"beta": float("nan")}, "mix.beta: must be a finite number, got nan"),
         ({"tied": "yes"}, "mix.tied: must be true or false"),
     ],
 )
