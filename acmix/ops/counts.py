@@ -100,8 +100,8 @@ def _members(q: Shape, kernel_size: int, stride: int, dilation: int) -> int:
 
 
 def _one_of_three(qkv: Shape) -> Shape:
-    batch, height, width, channels = qkv
-    return batch, channels // 3, height, width
+    batch, height, width, _, channels = qkv
+    return batch, channels, height, width
 
 
 def _two_steps(q: Shape, weight: Shape, stride: int) -> int:

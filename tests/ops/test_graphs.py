@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from acmix import ACmix
 from acmix.ops import local_attention
+from acmix.ops.native import cxx_compiler
 
 
 def test_inductor_compiles_training_on_one_image_of_any_size() -> None:
@@ -33,6 +35,22 @@ def test_inductor_compiles_training_on_one_image_of_any_size() -> None:
         got, want = (torch.autograd.grad(f(x).square().sum(), weights) for f in (compiled, run))
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.skipif(cxx_compiler() is None, reason="without a C++ compiler the paths are computed one by one")
+def test_inductor_keeps_q_k_and_v_between_convolutions_without_a_copy() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3), ACmix(16, 16, heads=4, kernel_att=5), torch.nn.Conv2d(16, 4, 3)
+    )
+    images = torch.randn(2, 3, 24, 24)
+    torch.compiler.reset()
+    compiled = torch.compile(network, fullgraph=True)
+    _, code = run_and_get_code(lambda: compiled(images).square().sum().backward())
+    text = "\n".join(code)
+    assert "acmix.local_mix_backward" in text
+    assert "empty_strided_cpu((968, 48), (48, 1)" in text  # q, k and v as the projection gives them
+    assert "empty_strided_cpu((2, 22, 22" not in text
 
 
 def test_an_exported_block_takes_maps_of_any_size() -> None:

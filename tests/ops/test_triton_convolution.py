@@ -105,6 +105,7 @@ def assert_convolution_parity(case: Case, device: str) -> None:
 
 def assert_mix_parity(case: Case, device: str) -> None:
     maps, weight, grad = case.draw(device)
+    qkv = maps.unflatten(3, (3, -1))
     generator = torch.Generator().manual_seed(1)
     position, alpha = torch.randn(case.head_dim, 2, generator=generator).to(device), torch.tensor(0.6, device=device)
     options = (case.attended, case.stride, case.dilation)
@@ -114,15 +115,15 @@ def assert_mix_parity(case: Case, device: str) -> None:
         return [out.detach(), dqkv, torch.cat([dposition.flatten(), dalpha[None]]), dweight]
 
     def plain(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [maps.to(dtype).requires_grad_(), *(t.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        leaves = [qkv.to(dtype).requires_grad_(), *(t.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
                                                      for t in (position, weight, alpha))]  # fmt: skip
         out = mix._plain(*leaves, *options)
         return joined(out, *torch.autograd.grad(out, leaves, grad.to(dtype)))
 
-    windows = mix._windows(maps, weight, *options)
+    windows = mix._windows(qkv, weight, *options)
     with fresh_memory_is_nan(warn_only=False):
-        out, *kept = mix_kernels.forward(maps, position, weight, alpha, *windows, True)
-        results = joined(out, *mix_kernels.backward(grad, maps, position, weight, alpha, *kept, *windows))
+        out, *kept = mix_kernels.forward(qkv, position, weight, alpha, *windows, True)
+        results = joined(out, *mix_kernels.backward(grad, qkv, position, weight, alpha, *kept, *windows))
     assert_close(case, ("out", "dqkv", "dP and dalpha", "dweight"), results, plain(case.dtype), plain(torch.float64))
 
 

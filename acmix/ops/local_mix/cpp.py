@@ -18,7 +18,7 @@ def forward(
     convolved: Window,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the paths, and the log-sum-exp of the logits; arguments as in the public operation."""
+    """The sum of the paths, and the log-sum-exp of the logits; arguments as in the operation, qkv (B, H, W, 3, N*d)."""
     q, k, v = _maps(qkv.to(stored(qkv.dtype)))
     batch, channels, height, width = q.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -54,5 +54,5 @@ def backward(
 
 def _maps(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (B, N*d, H, W), views."""
-    q, k, v = qkv.permute(0, 3, 1, 2).chunk(3, 1)
+    q, k, v = qkv.permute(3, 0, 4, 1, 2).unbind(0)
     return q, k, v

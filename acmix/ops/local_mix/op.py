@@ -54,10 +54,12 @@ def local_mix(
     _check(qkv, position_weight, weight, alpha)
     if (dtype := autocast_dtype(qkv)) is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(dtype)
-    inputs = (qkv.contiguous(), position_weight, weight, alpha)
+    # Five axes: Inductor takes a tensor of four that is kept for a backward pass for a map (B, C, H, W), and copies it
+    # into the channels_last order of one.
+    inputs = (qkv.contiguous().unflatten(3, (3, -1)), position_weight, weight, alpha)
     options = (kernel_size, stride, dilation, channels_last, _impl(qkv.device))
     if eager.is_eager(*inputs):
-        kernels, windows = _kernels(options[-1]), _windows(qkv, weight, kernel_size, stride, dilation)
+        kernels, windows = _kernels(options[-1]), _windows(inputs[0], weight, kernel_size, stride, dilation)
         return eager.call(
             lambda *tensors: kernels.forward(*tensors, *windows, channels_last),
             lambda *tensors: kernels.backward(*tensors, *windows),
@@ -139,8 +141,8 @@ def _plain(
     stride: int,
     dilation: int,
 ) -> Tensor:
-    """The operation in plain PyTorch."""
-    q, k, v = qkv.permute(0, 3, 1, 2).chunk(3, 1)
+    """The operation in plain PyTorch, for qkv (B, H, W, 3, N*d), as all below take it."""
+    q, k, v = qkv.permute(3, 0, 4, 1, 2).unbind(0)
     attended = reference.local_attention(q, k, v, position_weight, kernel_size, stride, dilation)
     return alpha.to(attended.dtype) * attended + convolve_plain(q, k, v, weight.to(q.dtype), stride, dilation)
 
@@ -167,7 +169,7 @@ def _forward(
     refuse_forward_ad("local_mix")
     windows = _windows(qkv, weight, kernel_size, stride, dilation)
     out, lse, *kept = _kernels(impl).forward(qkv, position_weight, weight, alpha, *windows, channels_last)
-    return out, lse, kept[0] if kept else qkv.new_empty(0)
+    return out, lse.flatten(2), kept[0] if kept else qkv.new_empty(0)
 
 
 @_forward.register_fake
@@ -182,17 +184,17 @@ def _(
     channels_last: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, height, width, channels = qkv.shape
+    batch, height, width, _, channels = qkv.shape
     size = Window(kernel_size, stride, dilation).out_size(height, width)
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    lse = qkv.new_empty(batch, channels // 3 // len(position_weight), *size, dtype=wide)
+    lse = qkv.new_empty(batch, channels // len(position_weight), size[0] * size[1], dtype=wide)
     kept = _empty_map(qkv, *size) if impl == "triton" else qkv.new_empty(0)
-    return _empty_map(qkv, *size) if channels_last else qkv.new_empty(batch, channels // 3, *size), lse, kept
+    return _empty_map(qkv, *size) if channels_last else qkv.new_empty(batch, channels, *size), lse, kept
 
 
 def _empty_map(qkv: Tensor, height: int, width: int) -> Tensor:
     """A channels_last map as wide as q."""
-    return qkv.new_empty(qkv.shape[0], height, width, qkv.shape[3] // 3).permute(0, 3, 1, 2)
+    return qkv.new_empty(qkv.shape[0], height, width, qkv.shape[4]).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("acmix::local_mix_backward", mutates_args=())
