@@ -56,6 +56,8 @@ def read_probe(run: Path, name: str) -> ProbeHistory:
     odd = next((step for step in steps if _names(logged[step]) != layers), None)
     if odd is not None:
         raise UserError(f"{record}: the layers logged at step {odd} are not those of step {steps[0]}")
+    if not (values := _values([logged[step] for step in steps])):
+        raise UserError(f"{record}: the rows of the probe {name} hold no number")
     return ProbeHistory(
         run=run,
         model=_model_name(rows),
@@ -63,7 +65,7 @@ def read_probe(run: Path, name: str) -> ProbeHistory:
         layers=layers,
         stages=tuple(int(layer["stage"]) for layer in first),
         steps=np.array(steps, dtype=np.float64),
-        values=_values([logged[step] for step in steps]),
+        values=values,
     )
 
 

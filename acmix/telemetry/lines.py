@@ -39,14 +39,14 @@ def eval_line(row: Row) -> str:
 
 
 def probe_line(step: int, layers: LayerRows, shown: Collection[str] | None = None) -> str:
-    """The stage means of what a probe measured, or of the keys `shown`, in one line."""
+    """The stage means of what a probe measured, or of the keys `shown`, in one line; empty where there is no number."""
     columns = {key: column for key, column in measured(layers).items() if shown is None or key in shown}
     means = {key: stage_means(layers, column) for key, column in columns.items()}
     texts = (
         f"stage {stage} " + "/".join(f"{by_stage.get(stage, math.nan):.3f}" for by_stage in means.values())
         for stage in sorted({layer["stage"] for layer in layers})
     )
-    return f"step {step}  {'/'.join(means)}: " + "  ".join(texts)
+    return f"step {step}  {'/'.join(means)}: " + "  ".join(texts) if means else ""
 
 
 def end_line(run_dir: Path, row: Row) -> str:

@@ -95,8 +95,8 @@ class RunLog:
         if self.enabled and rows:
             layers = plain(rows)
             self._write(name, {"step": step, "layers": layers})
-            if echo and shown != ():
-                self.line(probe_line(step, layers, shown))
+            if echo and shown != () and (text := probe_line(step, layers, shown)):
+                self.line(text)
 
     def event(self, name: str, row: Row) -> None:
         """Any other event worth a row, such as skipped updates or unreadable images; needs `step`."""

@@ -115,6 +115,8 @@ def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, capsys: pyt
     other = write_run(tmp_path / "b", range(0, 11, 10), stages=(1, 2, 3, 4))
     place = {"layer": "a", "stage": 1, "rms": 1.0}
     moved = write_probe(write_run(tmp_path / "moved", range(0, 11, 10)), [place], [{**place, "layer": "b"}])
+    nothing = [{**place, "rms": None}]
+    empty = write_probe(write_run(tmp_path / "empty", range(0, 11, 10)), nothing, nothing)
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "metrics.jsonl").write_text('{"event": "start", "step": 0}\n')
@@ -128,6 +130,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, capsys: pyt
         ([run, "--probe", "rms", "--out", out], "probes it holds: paths"),
         ([plain, "--probe", "rms", "--out", out], "probes it holds: none"),
         ([moved, "--probe", "weights", "--out", out], "step 10 are not those of step 0"),
+        ([empty, "--probe", "weights", "--out", out], "hold no number"),
         ([run, "--out", tmp_path / "paths.gif"], ".png, .svg or .pdf"),
         ([run, "--out", run / "metrics.jsonl" / "paths.png"], "cannot write there: Not a directory"),
     ]
@@ -137,7 +140,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(tmp_path: Path, capsys: pyt
         assert error.startswith("error: ")
         assert message in error
         assert len(error.splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "moved", "plain"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "empty", "moved", "plain"]
 
 
 def test_the_command_exits_2_without_a_traceback(tmp_path: Path) -> None:

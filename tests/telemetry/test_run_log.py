@@ -274,3 +274,13 @@ def test_rows_wait_while_the_disk_is_full_and_none_is_lost(tmp_path: Path, capsy
     log.close()
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
     assert capsys.readouterr().err.count("metrics.jsonl: ") == 1
+
+
+def test_a_probe_without_a_number_says_nothing_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path)
+    log.probe("shares", 1, [{"layer": "a", "stage": 1, "share": None}], echo=True)
+    log.close()
+    assert capsys.readouterr().out == ""
+    assert rows_of(tmp_path)[-1]["event"] == "shares"
