@@ -12,6 +12,7 @@ Exit status: 0 done; 2 an image that cannot be read, bad usage or bad data.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,12 +21,13 @@ from typing import Any
 from tqdm import tqdm
 
 from acmix.checkpoint.atomic import prove_writable
-from acmix.config import data_config
+from acmix.config import as_override, data_config
 from acmix.data.check import find_splits
 from acmix.data.datasets import Source, build_sources, build_val_source
 from acmix.data.folders import readable_name
 from acmix.data.prepare import Options, prepare
 from acmix.errors import UserError
+from acmix.paths import escape_path
 from acmix.process.program import Arguments, run_program
 
 
@@ -41,6 +43,10 @@ def make_shards(arguments: Sequence[str] | None) -> int:
                               ("--shards", given.shards, 10**6), ("--workers", given.workers, 1024)):  # fmt: skip
         if value is not None and not 1 <= value <= most:
             raise UserError(f"{name}: must be from 1 to {most}, got {value}")
+    for key in (override.partition("=")[0] for override in given.overrides):
+        if key == "data.root" or not (key.startswith("data.") or key == "model.num_classes"):  # of labels by number
+            told = "ROOT says it" if key == "data.root" else "the shards of a data set follow from data.* alone"
+            raise UserError(f"{key}: {told}; leave it out")
     prove_writable("OUT", given.out, folder=True)
     options = Options(given.short_side, given.quality, given.format, given.shards, given.on_error)
     sources = open_splits(given.root, given.overrides, given.out)
@@ -50,7 +56,8 @@ def make_shards(arguments: Sequence[str] | None) -> int:
             print(f"skipped {split.name}: {readable_name(text)}")
         size = f"{split.bytes / 1e6:,.1f} MB in {len(split.shards)} shards"
         print(f"{split.name}: {len(split)} images, {size}, {len(split.skipped)} skipped")
-    print(f"train with data.dataset=wds/{given.root.resolve().stem} data.root={given.out}", flush=True)
+    keys = {"data.dataset": f"wds/{given.root.resolve().stem}", "data.root": escape_path(str(given.out))}
+    print("train with", shlex.join(as_override(key, value) for key, value in keys.items()), flush=True)
     return 0
 
 

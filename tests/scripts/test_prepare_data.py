@@ -1,6 +1,7 @@
 """scripts/prepare_data.py, as it is called."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,16 @@ def test_a_folder_becomes_shards_and_a_second_call_finds_them_done(
     assert main(arguments) == 0
 
 
+def test_the_keys_to_train_with_can_be_typed_as_they_are_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "my data", tmp_path / "the shards"
+    write_images(root / "a", 2)
+    assert main([str(root), str(out), "--workers", "1"]) == 0
+    told = capfd.readouterr().out.splitlines()[-1].removeprefix("train with ")
+    assert shlex.split(told) == ["data.dataset=wds/my data", f"data.root={out}"]
+
+
 def test_a_folder_of_classes_becomes_training_shards(tmp_path: Path) -> None:
     write_images(tmp_path / "in" / "a", 3)
     assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--short-side", "16", "--workers", "1"]) == 0
@@ -64,6 +75,8 @@ def test_any_data_set_can_be_prepared_with_the_keys_of_a_config(tmp_path: Path) 
         (["--quality", "101"], "--quality: must be from 1 to 100, got 101"),
         (["--format", "gif"], "invalid choice: 'gif'"),
         (["data.rot=x"], "data.rot"),
+        (["data.root=x"], "data.root: ROOT says it"),
+        (["optimizer.lr=1"], "optimizer.lr: the shards of a data set follow from data.* alone"),
     ],
 )
 def test_bad_usage_is_refused(
