@@ -73,7 +73,8 @@ def ablate(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     check_budget(study, desk.configs)
     if options.print:
         todo = [run for run in desk.plan(measure=False) if state_of(run) != "done"]
-        print("\n".join(line(run, options.print, study.name, CHECKOUT, program) for run in todo))
+        for run in todo:
+            print(line(run, options.print, study.name, CHECKOUT, program))
         return DONE
     if options.dry_run:
         print("\n".join(desk.describe()))
