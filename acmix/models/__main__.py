@@ -10,7 +10,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
-        sys.exit(f"{__doc__}\nerror: {' '.join(sys.argv[1:2]) or 'PROGRAM.py'}: no such program")
+        print(f"{__doc__}\nerror: {' '.join(sys.argv[1:2]) or 'PROGRAM.py'}: no such program", file=sys.stderr)
+        sys.exit(2)
     sys.argv.pop(0)
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
