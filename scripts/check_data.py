@@ -40,6 +40,9 @@ def check(arguments: Sequence[str] | None) -> int:
     if options.workers < 0:
         raise UserError(f"--workers: must be at least 0, got {options.workers}")
     if options.json is not None:
+        inside = options.json.is_file() and options.json.resolve().is_relative_to(options.root.resolve())
+        if inside and options.json.suffix != ".json":  # the report of an earlier call may be
+            raise UserError(f"--json {options.json}: would replace a file of {options.root}; choose another place")
         prove_writable("--json", options.json)
     report = check_folder(options.root, options.train_split, options.val_split, options.workers, _progress)
     for problem in report.problems:

@@ -73,6 +73,7 @@ def test_bad_usage_exits_2_with_one_message(root: Path, tmp_path: Path) -> None:
         [root, "--bogus"],
         [],
         [root, "--json", "/proc/no/where.json"],
+        [root, "--json", root / "val" / "cat" / "0.png"],
     ):
         done = run(*arguments)
         assert done.returncode == 2
