@@ -2,8 +2,8 @@
 
 torchrun itself ends with status 1 whatever its workers end with, and is killed by SIGUSR1, which batch systems send.
 This passes SIGUSR1 on to the workers like SIGTERM, and ends as they do: with 0, 75 (stopped by a signal, saved, start
-me again), 2 or 1. A signal before there are workers ends it with 75 at once. Signals that it is started with ignored
-(nohup) stay so. Everything else is torchrun's: options, restarts, several machines.
+me again), 2 or 1. A signal before there are workers ends it with 75 at once. SIGINT, SIGHUP and SIGQUIT stay ignored
+where it is started so (nohup). Everything else is torchrun's: options, restarts, several machines.
 """
 
 import os
@@ -21,8 +21,10 @@ from types import FrameType
 from acmix.errors import UserError, one_line
 from acmix.paths import missing_path_hint
 from acmix.process.program import DONE, FAILED, REQUEUE, STATUS_FOLDER, end_now, run_program
+from acmix.process.signals import MAY_BE_IGNORED
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+_MAY_BE_IGNORED = (*MAY_BE_IGNORED, signal.SIGQUIT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launch(arguments: Sequence[str] | None) -> int:
     """Let torchrun start the workers and wait for them; returns the exit status they agree on."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    stay = {number for number in _MAY_BE_IGNORED if signal.getsignal(number) == signal.SIG_IGN}
+    heard = [number for number in _SIGNALS if number not in stay]
     with tempfile.TemporaryDirectory(prefix="acmix-launch-") as folder, _ending_before_workers(heard, folder):
         os.environ[STATUS_FOLDER] = folder
         try:

@@ -37,7 +37,8 @@ def become(request: dict[str, Any]) -> None:
     """Turn this forked process into the program asked for, up to running it."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):  # ignored under nohup, and after a run in pytest
+        signal.signal(number, signal.SIG_DFL)
     for name, flags, descriptor in (
         (os.devnull, os.O_RDONLY, 0),
         (request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 1),

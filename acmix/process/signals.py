@@ -18,7 +18,7 @@ from acmix.process.launcher import launcher_is_gone
 from acmix.process.program import REQUEUE, end_now
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
+MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 """Who starts a program with one of these ignored means it: nohup, or a shell without job control for `program &`."""
 ECHO_SECONDS = 0.5
 """A terminal signals the workers as well as the launcher, which passes it on: that echo is not a second request."""
@@ -50,7 +50,7 @@ class StopSignals:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         found: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in HANDLED}
-        stay = {number for number in _MAY_BE_IGNORED if found[number] == signal.SIG_IGN}
+        stay = {number for number in MAY_BE_IGNORED if found[number] == signal.SIG_IGN}
         self._before = {number: handler for number, handler in found.items() if number not in stay}
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="acmix-signals", daemon=True).start()
