@@ -373,6 +373,8 @@ def test_a_small_file_that_stands_for_a_large_one_is_refused_in_little_memory(
         ([1, 2], "holds a list, not a dict of weights"),
         ({}, "it is empty"),
         ({"epoch": 3, "weight": torch.zeros(1)}, "these entries are no tensors: epoch"),
+        ({"weight": torch.zeros(1), "table": torch.zeros(2).to_sparse()}, "sparse, .* on the meta device: table"),
+        ({"weight": torch.zeros(1, device="meta")}, "on the meta device: weight"),
         (dict.fromkeys("abcdefg", 0), r"no tensors: a, b, c, d, e, … 7 in all"),
         ({"module.weight": torch.zeros(1), "weight": torch.ones(1)}, "two of its names differ only in the prefix"),
     ],

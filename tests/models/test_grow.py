@@ -176,10 +176,12 @@ def test_weights_that_differ_within_a_stage_are_refused_where_it_has_one_for_all
         models.grow(tied, source)
 
 
-def test_a_checkpoint_around_the_weights_is_named_as_such(plain: nn.Module) -> None:
+def test_a_checkpoint_around_the_weights_and_weights_without_numbers_are_named_as_such(plain: nn.Module) -> None:
     network = models.create_model("acmix_resnet26", **NARROW)
     with pytest.raises(UserError, match="no state dict: these entries are no tensors: model, epoch"):
         models.grow(network, {"model": plain.state_dict(), "epoch": 3})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=r"on the meta device: conv1\.weight"):
+        models.grow(network, plain.state_dict() | {"conv1.weight": torch.zeros(8, 3, 7, 7, device="meta")})
 
 
 def test_a_tensor_more_or_less_is_refused_by_name() -> None:

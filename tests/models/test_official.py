@@ -141,6 +141,9 @@ def test_what_is_no_state_dict_or_no_network_of_ours_is_refused():
         models.load_official(ACmix(8, 8), {"epoch": 3})
     with pytest.raises(ValueError, match="no tensors: a, b, c, d, e, … 7 in all"):
         models.load_official(ACmix(8, 8), {"model": dict.fromkeys("abcdefg", 0)})
+    for odd in (torch.zeros(1).to_sparse(), torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="sparse, quantised, complex or on the meta device: rate1"):
+            models.load_official(ACmix(8, 8, heads=2), block_weights() | {"rate1": odd})
     with pytest.raises(ValueError, match="a list, not names and tensors"):
         models.load_official(ACmix(8, 8), [torch.zeros(1)])
     with pytest.raises(ValueError, match="these names are no text: 1"):
