@@ -127,10 +127,12 @@ def test_kernels_for_the_widest_heads_compile(compiled: list[Compiled]) -> None:
     assert all(kernel.shared <= 227 * 1024 for kernel in compiled), "more shared memory than a block can have"
 
 
-@pytest.mark.parametrize(("head_dim", "side"), [(16, 56), (128, 7)])
+@pytest.mark.parametrize(("head_dim", "side", "wide"), [(16, 56, False), (128, 7, False), (16, 56, True)])
 def test_convolution_kernels_of_resnet_compile_with_vector_loads(
-    compiled: list[Compiled], head_dim: int, side: int
+    compiled: list[Compiled], head_dim: int, side: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """wide: with the 64-bit offsets that larger maps need."""
+    monkeypatch.setattr(convolution, "_is_wide", lambda *maps: wide)
     window, channels = Window(3, 1, 1), 4 * head_dim
     maps, out = (
         torch.zeros(2, side, side, count * channels, dtype=torch.bfloat16).permute(0, 3, 1, 2) for count in (3, 1)

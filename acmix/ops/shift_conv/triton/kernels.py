@@ -17,18 +17,18 @@ from acmix.ops.shift_conv.triton.tiles import map_tile, weight_tile
 
 
 @triton.jit
-def _pixels(step, PIXELS: tl.constexpr, WIDE: tl.constexpr):
-    """The pixels of a step, counted through the whole batch; all that follows from them is 64-bit if WIDE."""
-    if WIDE:
-        step = step.to(tl.int64)
-    return step * PIXELS + tl.arange(0, PIXELS)
-
-
-@triton.jit
 def _locate(pixel, height, width):
     """(image, row, column) of pixels counted through the whole batch."""
     row, x = pixel // width, pixel % width
     return row // height, row % height, x
+
+
+@triton.jit
+def _offsets(image, y, x, by_image, by_row, by_pixel, WIDE: tl.constexpr):
+    """Where pixels begin, (pixels, 1), in elements; 64-bit when the launcher finds that 32 overflow."""
+    if WIDE:
+        image, y, x = image.to(tl.int64), y.to(tl.int64), x.to(tl.int64)
+    return (image * by_image + y * by_row + x * by_pixel)[:, None]
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _maps_kernel(
     part = tl.program_id(0) % parts
     first = part // blocks * 4
     channel = part % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    pixel = _pixels(tl.program_id(0) // parts, PIXELS, WIDE)
+    pixel = tl.program_id(0) // parts * PIXELS + tl.arange(0, PIXELS)
     image, y, x = _locate(pixel, target_height, target_width)
 
     total_0 = tl.zeros([PIXELS, CHANNELS], tl.float32)
@@ -93,7 +93,7 @@ def _maps_kernel(
             from_y, from_x = y * STRIDE + tap // K * DILATION - REACH, x * STRIDE + tap % K * DILATION - REACH
             inside = (from_y >= 0) & (from_x >= 0)
         inside = inside & (from_y < source_height) & (from_x < source_width) & (pixel < pixels)
-        at = (image * source_sb + from_y * source_sy + from_x * source_sx)[:, None]
+        at = _offsets(image, from_y, from_x, source_sb, source_sy, source_sx, WIDE)
         for source in tl.range(0, SOURCES, loop_unroll_factor=UNROLL):
             values = _load(source_ptr, at, channel, source, 0, SOURCES, HEAD_DIM, inside)
             weights = table_ptr + tap * tap_step + source * source_step
@@ -106,8 +106,8 @@ def _maps_kernel(
                 total_3 += values * _weights(weights, channel, first, target_step, 3, TARGETS, HEAD_DIM)
 
     inside = pixel < pixels
-    at = (image * target_sb + y * target_sy + x * target_sx)[:, None]
-    added_at = (image * added_sb + y * added_sy + x * added_sx)[:, None]
+    at = _offsets(image, y, x, target_sb, target_sy, target_sx, WIDE)
+    added_at = _offsets(image, y, x, added_sb, added_sy, added_sx, WIDE)
     factor = 1.0
     if SCALED:
         factor = tl.load(factor_ptr).to(tl.float32)
@@ -182,16 +182,16 @@ def _weight_kernel(
     total_20, total_21, total_22, total_23 = total_00, total_00, total_00, total_00
     total_30, total_31, total_32, total_33 = total_00, total_00, total_00, total_00
     for step in range(steps):
-        pixel = _pixels(split * steps + step, PIXELS, WIDE)
+        pixel = (split * steps + step) * PIXELS + tl.arange(0, PIXELS)
         image, y, x = _locate(pixel, grad_height, grad_width)
         from_y, from_x = y * STRIDE + tap // K * DILATION - REACH, x * STRIDE + tap % K * DILATION - REACH
         inside = (from_y >= 0) & (from_x >= 0) & (from_y < source_height) & (from_x < source_width) & (pixel < pixels)
-        at = (image * grad_sb + y * grad_sy + x * grad_sx)[:, None]
+        at = _offsets(image, y, x, grad_sb, grad_sy, grad_sx, WIDE)
         grad_0 = _load(grad_ptr, at, channel, target, 0, GRADS, HEAD_DIM, inside)
         grad_1 = _load(grad_ptr, at, channel, target, 1, GRADS, HEAD_DIM, inside)
         grad_2 = _load(grad_ptr, at, channel, target, 2, GRADS, HEAD_DIM, inside)
         grad_3 = _load(grad_ptr, at, channel, target, 3, GRADS, HEAD_DIM, inside)
-        at = (image * source_sb + from_y * source_sy + from_x * source_sx)[:, None]
+        at = _offsets(image, from_y, from_x, source_sb, source_sy, source_sx, WIDE)
         values = _load(source_ptr, at, channel, source, 0, SOURCES, HEAD_DIM, inside)
         total_00, total_01, total_02, total_03 = _add_products(
             total_00, total_01, total_02, total_03, values, grad_0, grad_1, grad_2, grad_3
