@@ -5,6 +5,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from acmix.ops.maps import is_exporting
+
 
 def with_fixed_size(maps: Tensor) -> Tensor:
     """The maps (B, C, H, W) as they are, with H and W constants of the graph that is being made, if any.
@@ -18,7 +20,7 @@ def with_fixed_size(maps: Tensor) -> Tensor:
         message = f"the traced graph takes maps of {height}×{width} only: trace once for each size, or use torch.export"
         warnings.warn(message, torch.jit.TracerWarning, stacklevel=2)
         return maps.expand(-1, -1, height, width)
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         for side in maps.shape[2:]:
             range(side)  # what asks for a number makes a dynamic side a constant
     return maps

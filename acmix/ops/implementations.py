@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from acmix.ops.maps import are_dynamic, is_channels_last
+from acmix.ops.maps import are_dynamic, is_channels_last, is_exporting
 
 DEBUG = os.environ.get("ACMIX_DEBUG") == "1"
 # Former names, still accepted wherever an `impl` is given.
@@ -127,7 +127,7 @@ def transformed() -> bool:
     has not: vmap and the export would fail on it, and a forward derivative would silently leave it out.
     """
     looked_at = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()  # asked first: the other takes microseconds
+    traced = torch.jit.is_tracing() or is_exporting()  # asked first: the other takes microseconds
     return looked_at or (traced and torch.onnx.is_in_onnx_export())
 
 
@@ -144,7 +144,7 @@ def may_compile() -> bool:
     choice = os.environ.get("ACMIX_COMPILE", "always")
     if choice not in ("never", "traced", "always"):
         raise ValueError(f"ACMIX_COMPILE is {choice!r}: choose never, traced or always")
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return False
     return choice == "always" or (choice == "traced" and torch.compiler.is_compiling())
 

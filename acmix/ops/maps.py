@@ -37,6 +37,12 @@ def check_device(maps: Tensor, *others: Tensor | None) -> None:
             raise ValueError(f"tensors on {maps.device} and on {other.device}: move maps and weights to one device")
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces; its own answer is yes in all that torch.compile traces, up to PyTorch 2.11."""
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def are_uneven(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k and v, maps of one size, have different numbers of channels.
 
@@ -110,6 +116,6 @@ def keepable(*maps: Tensor) -> tuple[Tensor, ...]:
     To keep a view, as q, k and v are of one projection, Inductor orders its strides, which it cannot do with strides
     that are dynamic (pytorch #172204).
     """
-    if torch.compiler.is_exporting() or not are_dynamic(maps[0].stride()):
+    if is_exporting() or not are_dynamic(maps[0].stride()):
         return maps
     return tuple(map(_copy, maps))

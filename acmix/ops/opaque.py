@@ -11,13 +11,14 @@ from torch import Tensor
 
 from acmix.ops.derivatives import refuse_forward_ad
 from acmix.ops.implementations import transformed
+from acmix.ops.maps import is_exporting
 
 
 def convolve(
     maps: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
     """`F.conv2d`; one node of our own in a compiled graph for a CPU."""
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    compiling = torch.compiler.is_compiling() and not is_exporting()
     if compiling and maps.device.type == "cpu" and not transformed():
         out: Tensor = _forward(maps, weight, bias, stride, padding, dilation, groups)
         return out
