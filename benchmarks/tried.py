@@ -22,9 +22,11 @@ _SCALING = (
     "convolution's two weights folded by one such function (0.15 ms, 0.13 by PyTorch's operations)"
 )
 _COMPILED = (
-    "Inductor's loops for batch norm, ReLU and changes of layout take longer than PyTorch's kernels. No faster: batch "
-    "norm as one operation that Inductor leaves alone (1.15), max pooling as one (1.12 to 1.15), "
-    "layout_optimization=False (1.08)"
+    "Inductor's loops for batch norm, ReLU and changes of layout take longer than PyTorch's kernels. Kept: q, k and v "
+    "in five axes where they wait for the backward pass, since Inductor copies what has four into the order of a map's "
+    "channels (1.12, 1.17 before). No faster: batch norm as one operation that Inductor leaves alone, max pooling as "
+    "one (each 1.12 to 1.15 before that), layout_optimization=False (1.11, and 1.11 without it, 16 steps each, twice), "
+    "two passes for a variance in place of Welford's (0.97 to 1.02 times the time without, 16 steps each, twice)"
 )
 _COMPILED_SWIN = (
     "a percent or two, as much as one process differs from another: by a timer, 12 s each in one process, inference "
