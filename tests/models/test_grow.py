@@ -276,6 +276,13 @@ def test_a_calibration_without_images_is_refused_before_anything_changes(plain: 
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_regrouping_is_refused_where_there_is_nothing_to_regroup() -> None:
+    source = models.create_model("acmix_resnet26", mix="convolution", **NARROW)
+    network = models.create_model("acmix_resnet26", **NARROW)
+    with pytest.raises(UserError, match="regroup: no convolution is approximated here"):
+        models.grow(network, source.state_dict(), regroup=True)
+
+
 def test_images_without_variance_give_a_network_and_finite_shares(plain: nn.Module) -> None:
     network = models.create_model("acmix_resnet26", **NARROW)
     growth = models.grow(network, plain.state_dict(), calibration=[torch.zeros(2, 3, 1, 1)])

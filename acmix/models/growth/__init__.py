@@ -50,7 +50,8 @@ def grow(
     Raises:
         UserError: for what is no state dict; listing every missing and unexpected name and every shape that differs,
             with the likely reason; for a share that is not from 0 to less than 1; for a calibration without images;
-            for a block that cannot hold what the source has; all before anything is changed.
+            for `regroup` where no convolution is approximated; for a block that cannot hold what the source has; all
+            before anything is changed.
     """
     if not 0 <= share < 1:
         raise UserError(f"share: must be from 0 to less than 1, got {share}")
@@ -62,6 +63,8 @@ def grow(
     _fit_positions(network, given, growth)
     convolutions = approximated(network, given)
     values = _plan(network, given, {f"{name}.acmix" for name in convolutions}, share, growth)
+    if regroup and not convolutions:
+        raise UserError("regroup: no convolution is approximated here, all is taken as it is; leave it out")
     calibration = calibration if calibration is None or not convolutions else _images(calibration)
     own = network.state_dict()
     for name, value in values.items():
