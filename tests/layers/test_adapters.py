@@ -354,6 +354,7 @@ def test_a_wrapped_path_is_called():
 
 
 @BLOCKS
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)  # PyTorch 2.11 leaves such guards out
 def test_a_hook_reaches_a_compiled_an_exported_a_traced_and_a_copied_block(build):
     def double(part: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
         return 2 * out
