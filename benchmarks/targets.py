@@ -69,14 +69,13 @@ def _compiled() -> list[Target]:
             1.10,
             False,
             partial(compiled_network, ours="acmix_resnet26", plain="resnet26"),
-            threads=(1,),
         )
     ]
     for name, title in (("resnet26", "ACmix-ResNet-26"), ("swin_tiny", "ACmix-Swin-T")):
         for mode, doing in _MODES.items():
             measured = partial(compiled_over_eager, name=f"acmix_{name}", mode=mode)
             what = f"time of {title} compiled / eager, {doing}"
-            rows.append(Target(f"{name}_compiled_over_eager_{mode}", what, "cpu", 1.0, False, measured, threads=(1,)))
+            rows.append(Target(f"{name}_compiled_over_eager_{mode}", what, "cpu", 1.0, False, measured))
     return rows
 
 
