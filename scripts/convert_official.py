@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from acmix import models
-from acmix.checkpoint.atomic import prove_writable, replacing
+from acmix.checkpoint.atomic import prove_writable, write_atomically
 from acmix.checkpoint.untrusted import load_state_dict_file
 from acmix.errors import UserError
 from acmix.process.program import Arguments, run_program
@@ -46,9 +46,7 @@ def convert(arguments: Sequence[str] | None) -> int:
         models.load_official(model, weights)
     except ValueError as error:
         raise UserError(f"{options.source}: {error}") from error
-    with replacing(options.out, make_parents=True) as temporary:
-        # not save_file, whose files only their owner may read
-        temporary.write_bytes(save(model.state_dict(), metadata={"format": "pt"}))
+    write_atomically(options.out, save(model.state_dict(), metadata={"format": "pt"}), make_parents=True)
     print(f"Wrote {options.out}: {options.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
     return 0
 

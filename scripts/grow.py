@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from acmix import models
-from acmix.checkpoint.atomic import prove_writable, replacing
+from acmix.checkpoint.atomic import prove_writable, write_atomically
 from acmix.checkpoint.grown import METADATA
 from acmix.checkpoint.layout import names_something
 from acmix.checkpoint.weights import pick_weights
@@ -105,9 +105,8 @@ def grow_from(options: argparse.Namespace) -> int:
         if source.network is not None:
             _prove_same(source.network, source.weights, options.model, kwargs)
         new = json.dumps(growth.new)
-        with replacing(options.out, make_parents=True) as temporary:
-            # not save_file, whose files only their owner may read
-            temporary.write_bytes(save(network.state_dict(), metadata={"format": "pt", METADATA: new}))
+        content = save(network.state_dict(), metadata={"format": "pt", METADATA: new})
+        write_atomically(options.out, content, make_parents=True)
         print("\n".join(growth.lines()))
         if config is not None and data is not None and not any("classifier" in note for note in growth.notes):
             metrics = evaluate(network, data.val, dist, config.precision)

@@ -56,13 +56,14 @@ def replacing(path: Path, *, make_parents: bool = False) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str, *, make_parents: bool = False) -> None:
-    """Replace a text file (UTF-8) as a whole; UserError as in `replacing`.
+def write_atomically(path: Path, content: str | bytes, *, make_parents: bool = False) -> None:
+    """Replace a file as a whole, by bytes or by text (UTF-8); UserError as in `replacing`.
 
     The bytes of a file name that are not UTF-8 are written as escapes, which JSON reads back.
     """
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     with replacing(path, make_parents=make_parents) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.write_bytes(data)
 
 
 def prove_writable(option: str, path: Path, *, folder: bool = False) -> None:

@@ -136,8 +136,8 @@ class Trainer:
             self._save_where_stopped()
         else:
             self._refuse_diverged_end()  # also of a run that was complete when it was resumed
-        if not stopped and self._out_of_patience():
-            log.line(f"Ends here by run.patience: {self.config.run.patience} evaluations without a better top-1")
+            if self._out_of_patience():
+                log.line(f"Ends here by run.patience: {self.config.run.patience} evaluations without a better top-1")
         self._settle()
         status = REQUEUE if stopped else DONE
         self.session.finish(status, self._outcome())

@@ -65,7 +65,8 @@ def grow(
     values = _plan(network, given, {f"{name}.acmix" for name in convolutions}, share, growth)
     if regroup and not convolutions:
         raise UserError("regroup: no convolution is approximated here, all is taken as it is; leave it out")
-    calibration = calibration if calibration is None or not convolutions else _images(calibration)
+    if convolutions and calibration is not None:
+        calibration = _images(calibration)
     own = network.state_dict()
     for name, value in values.items():
         own[name].copy_(value)
